@@ -30,12 +30,14 @@ from diffsal.errors import DiffsalError
 from diffsal.target_layers import Reshape, TargetLayer, find_target_layer, get_target_layer
 
 __all__ = [
+    "Layers",
     "NormalizedMaps",
     "SalienceMaps",
     "Weighting",
     "capture",
     "evaluation_mode",
     "explain",
+    "explaining",
     "normalize",
     "output_logits",
     "resize",
@@ -381,6 +383,22 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         torch.set_grad_enabled(self._trains)
 
 
+@contextmanager
+def explaining(
+    model: nn.Module,
+    target_layers: Layers = None,
+    reshape_transform: Reshape | None = None,
+    weighting: Weighting = "elementwise",
+) -> Iterator[capture]:
+    """:class:`capture` in evaluation mode and without gradients; the model is left as it was."""
+    with (
+        evaluation_mode(model),
+        torch.no_grad(),
+        capture(model, target_layers, reshape_transform, weighting) as captured,
+    ):
+        yield captured
+
+
 def explain(
     model: nn.Module,
     inputs: Tensor,
@@ -403,11 +421,7 @@ def explain(
     Raises:
         DiffsalError: see :class:`capture` and :func:`diffsal.contrast.contrast`.
     """
-    with (
-        evaluation_mode(model),
-        torch.no_grad(),
-        capture(model, target_layers, reshape_transform, weighting) as captured,
-    ):
+    with explaining(model, target_layers, reshape_transform, weighting) as captured:
         return captured.maps(output_logits(model(inputs)), true, false)
 
 
