@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffsal.cam import DifferenceCAM as DifferenceCAM
     from diffsal.contrast import Contrast as Contrast
-    from diffsal.contrast import contrast as contrast
     from diffsal.errors import DiffsalError as DiffsalError
     from diffsal.models import load_model as load_model
     from diffsal.models import save_checkpoint as save_checkpoint
@@ -28,7 +27,6 @@ _HOME = {
     "DiffsalError": "errors",
     "SalienceMaps": "salience",
     "capture": "salience",
-    "contrast": "contrast",
     "explain": "salience",
     "find_target_layer": "target_layers",
     "load_model": "models",

@@ -189,6 +189,8 @@ def _as_classes(choice: Choice, logits: Tensor, side: str) -> Tensor:
                 f"{side}= names class {int(wrong[0])}, but the model tells {count} classes apart: "
                 f"pass 0 to {count - 1}"
             )
+    if classes.is_inference():
+        classes = classes.clone()  # autograd saves the index, which inference tensors refuse
     return classes.to(logits.device, torch.int64, non_blocking=True)
 
 
@@ -230,7 +232,8 @@ def _runner_up(logits: Tensor, true_class: Tensor) -> Tensor:
 def _rest_score(logits: Tensor, true_class: Tensor) -> Tensor:
     """(B,) the mean of the others, each weighted by its share of their probability."""
     if logits.shape[1] == 1:
-        return _class_score(logits, 1 - true_class)
+        other = _class_score(logits, 1 - true_class)
+        return torch.where(true_class == NO_CLASS, logits[:, 0], other)
     others = torch.arange(logits.shape[1], device=logits.device) != true_class[:, None]
     weights = logits.detach().masked_fill(~others, -torch.inf).softmax(dim=1)
     return (weights * logits).sum(dim=1)

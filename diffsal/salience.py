@@ -18,12 +18,14 @@ on, ``A`` stays in the graph and maps are differentiable with respect to every p
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diffsal.contrast import Choice, Contrast, contrast
 from diffsal.errors import DiffsalError
@@ -127,14 +129,27 @@ class SalienceMaps:
             maps = tuple(resize(map_, size) for map_ in maps)  # type: ignore[assignment]
         return NormalizedMaps(*map(normalize, maps))
 
+    def __len__(self) -> int:
+        """B, the number of samples."""
+        return len(self.true)
+
+    def __getitem__(self, index: int | slice) -> "SalienceMaps":
+        """The maps of some samples, still as a batch."""
+        if isinstance(index, int):
+            index = slice(index, index + 1 or None)
+        return self._each(lambda tensor: tensor[index])
+
     def to(self, device: torch.device | str) -> "SalienceMaps":
         """The same maps on another device."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device)
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "SalienceMaps":
+        changed: dict[str, Any] = {
+            field.name: change(value)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
 
 
 def normalize(maps: Tensor) -> Tensor:
@@ -211,6 +226,8 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         self._trains = True
 
     def __enter__(self) -> "capture":
+        if self._open:
+            raise DiffsalError("this capture is open already: make one for each `with`")
         self._trains = torch.is_grad_enabled()
         with ExitStack() as stack:
             if torch.is_inference_mode_enabled():
@@ -277,7 +294,9 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
                     "recomputed by activation checkpointing, or the model was called twice; take "
                     "the maps after each forward pass, or name a layer that runs once"
                 )
-            activation = output if output.requires_grad else output.detach().requires_grad_()
+            activation: Tensor = output.clone() if output.is_inference() else output
+            if not activation.requires_grad:
+                activation = activation.detach().requires_grad_()
             self._activations[index] = activation
             if not self._trains:
                 torch.set_grad_enabled(True)  # the graph begins here; leaving restores the mode
@@ -325,14 +344,22 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
     def _gradients(self, score: Tensor, activations: list[Tensor]) -> list[Tensor]:
         gradients: Sequence[Tensor | None] = [None] * len(activations)
         if score.requires_grad:
-            gradients = torch.autograd.grad(
-                score,
-                activations,
-                torch.ones_like(score),
-                retain_graph=True,
-                create_graph=self._trains,
-                allow_unused=True,
-            )
+            try:
+                gradients = torch.autograd.grad(
+                    score,
+                    activations,
+                    torch.ones_like(score),
+                    retain_graph=True,
+                    create_graph=self._trains,
+                    allow_unused=True,
+                )
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                raise DiffsalError(
+                    "the model recomputes its head by reentrant activation checkpointing, through "
+                    "which no map can be taken: pass use_reentrant=False to torch.utils.checkpoint"
+                ) from error
         for layer, gradient in zip(self._layers, gradients, strict=True):
             if gradient is None:
                 raise DiffsalError(
@@ -468,10 +495,15 @@ _WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def _mean_over_layers(maps: list[Tensor]) -> Tensor:
     if len(maps) == 1:
         return maps[0]
+    with torch.autocast(maps[0].device.type, enabled=False):  # it would take products in half
+        return torch.stack(_on_finest_grid(maps)).mean(0)
+
+
+def _on_finest_grid(maps: list[Tensor]) -> list[Tensor]:
     if len({map_.ndim for map_ in maps}) > 1:
         raise DiffsalError("the target layers mix images and volumes: name layers of one kind")
     size = [max(sizes) for sizes in zip(*(map_.shape[1:] for map_ in maps), strict=True)]
-    return torch.stack([_spread(map_, size) for map_ in maps]).mean(0)
+    return [_spread(map_, size) for map_ in maps]
 
 
 def _spread(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -497,15 +529,16 @@ def _first_component(contributions: Tensor) -> Tensor:
 
 
 def _check_model(model: nn.Module) -> None:
-    if getattr(model, "static_graph", False):
+    wrappers = [part for part in model.modules() if isinstance(part, DistributedDataParallel)]
+    if any(wrapper.static_graph for wrapper in wrappers):
         raise DiffsalError(
             "DistributedDataParallel(static_graph=True) gives silently wrong gradients for losses "
             "of maps: build it without static_graph"
         )
-    if any(parameter.is_inference() for parameter in model.parameters()):
+    if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
         raise DiffsalError(
-            "the model's parameters were made in inference mode, which autograd cannot use: build "
-            "or load the model outside torch.inference_mode()"
+            "the model's parameters or buffers were made in inference mode, which autograd cannot "
+            "use: build or load the model outside torch.inference_mode()"
         )
 
 

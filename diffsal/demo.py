@@ -1,0 +1,159 @@
+"""The demo: a small network trained on handwritten digits, and the command that explains it.
+
+The digits 3 and 8 differ by the left side alone, which an 8 closes. So anyone can see whether a
+map of the evidence for 8 against 3 is right.
+"""
+
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_image
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torchvision.models import EfficientNet_B0_Weights
+
+from diffsal.errors import DiffsalError
+from diffsal.files import replacing
+from diffsal.images import Preprocessing
+from diffsal.models import build_model, save_checkpoint
+from diffsal.pretrained import PRETRAINED, pretrained_efficientnet_lite0
+
+__all__ = [
+    "ARCHITECTURE",
+    "ARGUMENTS",
+    "CLASSES",
+    "PREPROCESSING",
+    "Digits",
+    "digits",
+    "run_demo",
+    "train_digits",
+    "write_digits_demo",
+    "write_photographs_demo",
+]
+
+CLASSES = ("3", "8")
+ARCHITECTURE = "torchvision:DenseNet"
+ARGUMENTS = {"growth_rate": 16, "block_config": (4, 4), "num_init_features": 32, "num_classes": 2}
+PREPROCESSING = Preprocessing(size=(64, 64), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Scikit-learn's handwritten 3s and 8s, enlarged from 8 x 8 to 64 x 64 pixels.
+
+    Attributes:
+        images: (N, 64, 64, 3) uint8, white on black.
+        labels: (N,) int64, indices into :data:`CLASSES`.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Inputs (N, 3, 64, 64) float32 as the network takes them, and labels (N,)."""
+        inputs = torch.stack([PREPROCESSING(image) for image in self.images])
+        return inputs, torch.from_numpy(self.labels)
+
+
+def digits(seed: int = 0) -> tuple[Digits, Digits]:
+    """The digits for training, and a third of them held out, stratified by label."""
+    data = load_digits()
+    chosen = np.isin(data.target, [int(name) for name in CLASSES])
+    labels = (data.target[chosen] == int(CLASSES[1])).astype(np.int64)
+    images = np.stack([_enlarged(image) for image in data.images[chosen]])
+    split = train_test_split(images, labels, test_size=1 / 3, stratify=labels, random_state=seed)
+    return Digits(split[0], split[2]), Digits(split[1], split[3])
+
+
+def _enlarged(digit: NDArray[np.float64]) -> NDArray[np.uint8]:
+    grey = Image.fromarray(np.round(digit * (255 / 16)).astype(np.uint8))
+    return np.asarray(grey.resize((64, 64), Image.Resampling.BICUBIC).convert("RGB"))
+
+
+def train_digits(train: Digits, seed: int = 0, epochs: int = 6) -> nn.Module:
+    """A small DenseNet with maps of 8 x 8 cells, in evaluation mode; seconds on a CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(ARCHITECTURE, ARGUMENTS)
+        inputs, labels = train.tensors()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(inputs)).split(16):
+                loss = F.cross_entropy(model(inputs[batch]), labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def write_digits_demo(folder: Path, seed: int = 0) -> tuple[list[Path], Path]:
+    """Train, and write ``image.png``, a held-out 8, and ``weights.pt``; returns their paths."""
+    train, held_out = digits(seed)
+    model = train_digits(train, seed)
+    inputs, labels = held_out.tensors()
+    with torch.no_grad():
+        accuracy = (model(inputs).argmax(1) == labels).float().mean().item()
+    print(
+        f"Trained on {len(train.labels)} digits; accuracy on {len(labels)} others {accuracy:.3f}."
+    )
+    image = folder / "image.png"
+    with replacing(image) as scratch:
+        Image.fromarray(held_out.images[held_out.labels == CLASSES.index("8")][0]).save(scratch)
+    weights = folder / "weights.pt"
+    save_checkpoint(
+        weights,
+        model,
+        architecture=ARCHITECTURE,
+        arguments=ARGUMENTS,
+        classes=CLASSES,
+        preprocessing=PREPROCESSING,
+        target_layer="features",
+    )
+    return [image], weights
+
+
+def write_photographs_demo(folder: Path) -> tuple[list[Path], Path]:
+    """Write scikit-learn's photographs and EfficientNet-Lite0 as a checkpoint of ours."""
+    images = []
+    for photograph in ("china", "flower"):
+        images.append(folder / f"{photograph}.png")
+        with replacing(images[-1]) as scratch:
+            Image.fromarray(load_sample_image(f"{photograph}.jpg")).save(scratch)
+    weights = folder / "weights.pt"
+    save_checkpoint(
+        weights,
+        pretrained_efficientnet_lite0(),
+        architecture=PRETRAINED,
+        arguments={"num_classes": 1000},
+        classes=EfficientNet_B0_Weights.DEFAULT.meta["categories"],
+        preprocessing=Preprocessing(resize="crop", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        target_layer="bn2",
+    )
+    return images, weights
+
+
+def run_demo(folder: Path, pretrained: bool = False) -> None:
+    """Write images and weights to ``folder``, and explain them as a user would.
+
+    Raises:
+        DiffsalError: the extra ``pretrained`` is not installed, or the command failed.
+    """
+    images, weights = (write_photographs_demo if pretrained else write_digits_demo)(folder)
+    names = [image.name for image in images]
+    command = ["explain", *names, "--model", weights.name, "--overwrite"]
+    print(f"\ncd {folder}\n$ diffsal {shlex.join(command)}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "diffsal", *command], cwd=folder, check=False)
+    if done.returncode:
+        raise DiffsalError(f"the demo's own command failed in {folder}: see above")
+    for name in names:
+        print(f"\nLook at {folder / 'explanations' / name}")

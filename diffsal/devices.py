@@ -1,0 +1,44 @@
+"""Where tensors live, and which of several processes this one is."""
+
+import os
+
+import torch
+
+from diffsal.errors import DiffsalError
+
+__all__ = ["choose_device", "process_rank"]
+
+
+def process_rank() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun sets them; else (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` to a device that is there.
+
+    ``auto`` takes CUDA, then MPS, then the CPU. Under torchrun, CUDA without a number is the
+    process's own GPU.
+
+    Raises:
+        DiffsalError: no such device, here or at all.
+    """
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DiffsalError(
+            f"device {name!r} is unknown: pass auto, cpu, cuda, cuda:N or mps"
+        ) from None
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    there = {
+        "cpu": True,
+        "cuda": (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(device.type, False):
+        raise DiffsalError(f"device {name!r} is not available on this machine: pass --device cpu")
+    return device
