@@ -285,7 +285,8 @@ def _normalize_seen(placed: Tensor) -> Tensor:
     """Normalise what the model saw; the rest stays NaN."""
     seen = ~placed.isnan()
     normalized = torch.full_like(placed, torch.nan)
-    normalized[seen] = normalize(placed[seen][None])[0]
+    if seen.any():  # nothing is, where the map is not finite
+        normalized[seen] = normalize(placed[seen][None])[0]
     return normalized
 
 
