@@ -170,9 +170,8 @@ def _as_classes(choice: Choice, logits: Tensor, side: str) -> Tensor:
     try:
         classes = torch.as_tensor(choice)
     except (TypeError, ValueError, RuntimeError):
-        raise DiffsalError(
-            f"{side}={choice!r} is not a class: pass an index below {count}"
-        ) from None
+        kind = repr(choice) if isinstance(choice, str) else f"a {type(choice).__name__}"
+        raise DiffsalError(f"{side}= is {kind}, not a class: pass indices below {count}") from None
     if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
         raise DiffsalError(f"{side}= has type {classes.dtype}: pass class indices as integers")
     if classes.ndim == 0:

@@ -49,6 +49,9 @@ Weighting: TypeAlias = Literal["elementwise", "channel_mean", "xgrad"]
 Layers: TypeAlias = "TargetLayer | nn.Module | Sequence[TargetLayer | nn.Module] | None"
 
 
+_SMALLEST_SPAN = 1e-19  # its inverse, a factor of the gradient, is still finite in float32
+
+
 class NormalizedMaps(NamedTuple):
     """Maps in [0, 1], each normalised by itself; (B, H, W) or (B, D, H, W)."""
 
@@ -135,9 +138,10 @@ class SalienceMaps:
 
     def __getitem__(self, index: int | slice) -> "SalienceMaps":
         """The maps of some samples, still as a batch."""
-        if isinstance(index, int):
-            index = slice(index, index + 1 or None)
-        return self._each(lambda tensor: tensor[index])
+        rows = range(len(self))[index]  # IndexError ends a loop over the samples
+        if isinstance(rows, int):
+            rows = range(rows, rows + 1)
+        return self._each(lambda tensor: tensor[rows.start : rows.stop : rows.step])
 
     def to(self, device: torch.device | str) -> "SalienceMaps":
         """The same maps on another device."""
@@ -152,21 +156,22 @@ class SalienceMaps:
         return replace(self, **changed)
 
 
-def normalize(maps: Tensor) -> Tensor:
+def normalize(maps: Tensor, eps: float | None = None) -> Tensor:
     """Min-max normalisation of each sample's map to [0, 1] (the paper's ``norm``).
 
     A map that is constant up to rounding becomes 0, with finite gradients.
 
     Args:
         maps: (B, ...), floating point.
+        eps: the span, relative to the largest value, up to which a map is constant; ``None``:
+            eight roundings of the maps' type, which resizing a constant does not exceed.
     """
     flat = maps.flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     span = high - low
-    info = torch.finfo(maps.dtype)
-    rounding = info.eps * torch.maximum(low.abs(), high.abs())
-    varies = span > rounding.clamp(min=info.tiny**0.5)
-    return ((flat - low) * varies / span.where(varies, 1)).view_as(maps)
+    eps = 8 * torch.finfo(maps.dtype).eps if eps is None else eps
+    varies = span > (eps * torch.maximum(high, -low)).clamp(min=_SMALLEST_SPAN)
+    return ((flat - low) / span.where(varies, torch.inf)).view_as(maps)
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -214,8 +219,8 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         reshape_transform: Reshape | None = None,
         weighting: Weighting = "elementwise",
     ) -> None:
-        _check_model(model)
         self._layers = _as_layers(model, target_layers, reshape_transform)
+        _check_model(model, self._layers)
         if weighting not in _WEIGHTINGS:
             known = ", ".join(_WEIGHTINGS)
             raise DiffsalError(f"weighting {weighting!r} is unknown: pass one of {known}")
@@ -233,11 +238,10 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
             if torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
-            stack.enter_context(torch.set_grad_enabled(self._trains))  # restored on leaving
             for index, layer in enumerate(self._layers):
                 handle = layer.module.register_forward_hook(self._hook(index, layer))
                 stack.callback(handle.remove)
-            stack.callback(self._forget)
+            stack.callback(self._forget)  # and puts back the grad mode that a hook switched on
             self._stack = stack.pop_all()
         self._open = True
         return self
@@ -299,7 +303,7 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
                 activation = activation.detach().requires_grad_()
             self._activations[index] = activation
             if not self._trains:
-                torch.set_grad_enabled(True)  # the graph begins here; leaving restores the mode
+                torch.set_grad_enabled(True)  # the graph begins here
             return activation.clone()  # an in-place op behind the layer must not change the record
 
         return record
@@ -460,13 +464,14 @@ def output_logits(output: Any) -> Any:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode, and each back as it was."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def _elementwise(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -528,33 +533,33 @@ def _first_component(contributions: Tensor) -> Tensor:
     return torch.where(agrees, projection, -projection).reshape(contributions[:, 0].shape)
 
 
-def _check_model(model: nn.Module) -> None:
-    wrappers = [part for part in model.modules() if isinstance(part, DistributedDataParallel)]
-    if any(wrapper.static_graph for wrapper in wrappers):
-        raise DiffsalError(
-            "DistributedDataParallel(static_graph=True) gives silently wrong gradients for losses "
-            "of maps: build it without static_graph"
-        )
-    if any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
-        raise DiffsalError(
-            "the model's parameters or buffers were made in inference mode, which autograd cannot "
-            "use: build or load the model outside torch.inference_mode()"
-        )
-
-
-def _check_not_compiled(model: nn.Module, layer: nn.Module) -> None:
+def _check_model(model: nn.Module, layers: Sequence[TargetLayer]) -> None:
+    """Refuse what cannot be captured; one walk, as it is taken at every training step."""
     for module in model.modules():
-        wrapped = hasattr(module, "_orig_mod")
-        in_place = getattr(module, "_compiled_call_impl", None) is not None
-        if (wrapped or in_place) and any(part is layer for part in module.modules()):
-            what = (
-                "pass the module it was made from (compiled._orig_mod)"
-                if wrapped
-                else "pass a copy on which .compile() was not called"
-            )
+        if isinstance(module, DistributedDataParallel) and module.static_graph:
             raise DiffsalError(
-                f"hooks do not run inside a compiled {type(module).__name__}: {what}"
+                "DistributedDataParallel(static_graph=True) gives silently wrong gradients for "
+                "losses of maps: build it without static_graph"
             )
+        for tensor in chain(module._parameters.values(), module._buffers.values()):
+            if tensor is not None and tensor.is_inference():
+                raise DiffsalError(
+                    "the model's parameters or buffers were made in inference mode, which autograd "
+                    "cannot use: build or load the model outside torch.inference_mode()"
+                )
+        in_place = module.__dict__.get("_compiled_call_impl") is not None
+        if in_place or "_orig_mod" in module._modules:
+            _check_outside(module, layers, in_place)
+
+
+def _check_outside(compiled: nn.Module, layers: Sequence[TargetLayer], in_place: bool) -> None:
+    if any(part is layer.module for part in compiled.modules() for layer in layers):
+        what = (
+            "pass a copy on which .compile() was not called"
+            if in_place
+            else "pass the module it was made from (compiled._orig_mod)"
+        )
+        raise DiffsalError(f"hooks do not run inside a compiled {type(compiled).__name__}: {what}")
 
 
 def _as_layers(
@@ -566,8 +571,6 @@ def _as_layers(
     if not chosen:
         raise DiffsalError("target_layers is empty: name a layer, or pass None to have it found")
     named = [one if isinstance(one, TargetLayer) else _locate(model, one) for one in chosen]
-    for layer in named:
-        _check_not_compiled(model, layer.module)
     if reshape_transform is None:
         return named
     return [replace(layer, reshape=reshape_transform) for layer in named]

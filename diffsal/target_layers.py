@@ -31,6 +31,7 @@ _FEATURES = (
     nn.MultiheadAttention,
 )
 _CLASS_TOKENS = ("class_token", "cls_token")
+_TOKENS = (*_CLASS_TOKENS, "dist_token", "reg_token")
 _HEADS = ("classifier", "fc", "head", "heads", "pre_logits")
 _POOLING = (
     nn.AdaptiveAvgPool2d,
@@ -108,13 +109,16 @@ def _reshape_of(model: nn.Module, layer: nn.Module) -> Reshape | None:
 
 def _token_layer(model: nn.Module) -> TargetLayer | None:
     """The norm at the entrance of a class-token transformer's last block."""
-    names = [name for name, _ in model.named_parameters() if name.endswith(_CLASS_TOKENS)]
-    if not names:
+    tokens = {
+        name: parameter
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if name in _TOKENS and parameter is not None
+    }
+    if tokens.keys().isdisjoint(_CLASS_TOKENS):
         return None
     prefix_tokens = sum(
-        parameter.shape[1] if parameter.ndim == 3 else 1
-        for name, parameter in model.named_parameters()
-        if name.endswith((*_CLASS_TOKENS, "dist_token", "reg_token"))
+        parameter.shape[1] if parameter.ndim == 3 else 1 for parameter in tokens.values()
     )
     blocks = [
         (name, module)
@@ -147,15 +151,18 @@ def _from_the_end(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The children before the global pooling, if that is a child, last first; no heads."""
     children = list(module.named_children())
     pooling = [index for index, (_, child) in enumerate(children) if _pools(child)]
-    for name, child in reversed(children[: pooling[0]] if pooling else children):
+    before = children[: pooling[0]] if pooling else children
+    for name, child in reversed(before or children):  # some register the pooling first
         if not name.lower().startswith("aux") and name not in _HEADS:
             yield name, child
 
 
 def _has_head(module: nn.Module) -> bool:
     """Whether a child is a whole network, as behind a wrapper, rather than a feature extractor."""
-    children = list(module.children())
-    last = children[-1] if children else module
+    children = list(module.named_children())
+    if any(name in _HEADS or _pools(child) for name, child in children):
+        return True
+    last = children[-1][1] if children else module
     while isinstance(last, nn.Sequential) and len(last):
         last = last[-1]
     return isinstance(last, nn.Linear)
