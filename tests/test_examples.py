@@ -1,0 +1,53 @@
+"""The examples run, and learn what they say."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from diffsal import explain
+from diffsal.demo import digits, write_digits_demo
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+def share_on_the_left(model, layer=None):
+    inputs, labels = (tensor[:40] for tensor in digits()[1].tensors())
+    evidence = explain(model, inputs, true=labels, target_layers=layer).difference.clamp(min=0)
+    return float(evidence[:, :, : evidence.shape[2] // 2].sum() / evidence.sum())
+
+
+def test_plain_loop():
+    shares = example("plain_loop")["main"](epochs=4)
+    assert shares["contrast (Eq. 5)"] > shares["cross-entropy"] + 0.01
+
+
+def test_lightning():
+    pytest.importorskip("lightning")
+    assert share_on_the_left(example("lightning_module")["main"](epochs=3)) > 0.75
+
+
+def test_hugging_face_trainer():
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model = example("hf_trainer")["main"](epochs=3)
+    assert share_on_the_left(model.cpu(), model.resnet.encoder.stages[-1]) > 0.6
+
+
+def test_timm(tmp_path):
+    pytest.importorskip("timm")
+    model = example("timm_model")["main"](tmp_path / "overlay.png", epochs=1, samples=64)
+    assert Image.open(tmp_path / "overlay.png").size == (64, 64)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_drop_in(tmp_path):
+    images, weights = write_digits_demo(tmp_path)
+    example("drop_in")["main"](images[0], weights, tmp_path / "heatmap.png")
+    assert Image.open(tmp_path / "heatmap.png").size == (64, 64)
