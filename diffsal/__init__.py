@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from diffsal.cam import DifferenceCAM as DifferenceCAM
     from diffsal.contrast import Contrast as Contrast
     from diffsal.errors import DiffsalError as DiffsalError
+    from diffsal.losses import BaselineSalienceLoss as BaselineSalienceLoss
+    from diffsal.losses import ContrastSalienceLoss as ContrastSalienceLoss
+    from diffsal.losses import DifferenceSalienceLoss as DifferenceSalienceLoss
+    from diffsal.losses import PerClassSalienceLoss as PerClassSalienceLoss
     from diffsal.models import load_model as load_model
     from diffsal.models import save_checkpoint as save_checkpoint
     from diffsal.salience import SalienceMaps as SalienceMaps
@@ -22,9 +26,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "BaselineSalienceLoss": "losses",
     "Contrast": "contrast",
+    "ContrastSalienceLoss": "losses",
     "DifferenceCAM": "cam",
+    "DifferenceSalienceLoss": "losses",
     "DiffsalError": "errors",
+    "PerClassSalienceLoss": "losses",
     "SalienceMaps": "salience",
     "capture": "salience",
     "explain": "salience",

@@ -13,6 +13,7 @@ from diffsal import __version__
 from diffsal.errors import DiffsalError
 
 if TYPE_CHECKING:
+    from diffsal.data import Index
     from diffsal.images import Preprocessing
     from diffsal.models import LoadedModel
 
@@ -125,11 +126,9 @@ def _model_options(command: Command) -> Command:
 
 
 def _load(
-    model: Path,
-    arch: str | None,
-    target_layer: str | None,
-    **given: Any,
+    model: Path, arch: str | None, target_layer: str | None, **given: Any
 ) -> tuple[LoadedModel, Preprocessing]:
+    """The model, with notes on what its file does not tell, and how images come to its input."""
     from dataclasses import replace
 
     from diffsal.images import Preprocessing
@@ -138,8 +137,13 @@ def _load(
     loaded = load_model(model, arch=arch, target_layer=target_layer)
     for note in loaded.notes:
         click.echo(f"Note: {note}", err=True)
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = _given(**{name: given[name] for name in ("size", "resize", "mean", "std")})
     return loaded, replace(loaded.preprocessing or Preprocessing(), **chosen)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that the command line names; the rest is left to the file or the defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @main.command()
@@ -190,15 +194,6 @@ def _load(
 @_debug
 def explain(
     paths: tuple[Path, ...],
-    model: Path,
-    arch: str | None,
-    classes: tuple[str, ...] | None,
-    target_layer: str | None,
-    size: tuple[int, int] | None,
-    resize: str | None,
-    mean: tuple[float, float, float] | None,
-    std: tuple[float, float, float] | None,
-    device: str,
     true: str | None,
     false: str | None,
     weighting: Any,
@@ -211,6 +206,7 @@ def explain(
     no_figure: bool,
     overwrite: bool,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Show what speaks for and against a model's decision on each image, in logits.
 
@@ -223,13 +219,11 @@ def explain(
     from diffsal.images import find_images
 
     images = find_images(paths, recursive)
-    loaded, preprocessing = _load(
-        model, arch, target_layer, size=size, resize=resize, mean=mean, std=std
-    )
+    loaded, preprocessing = _load(**given)
     settings = Settings(
         preprocessing=preprocessing,
-        device=choose_device(device),
-        classes=classes or loaded.classes,
+        device=choose_device(given["device"]),
+        classes=given["classes"] or loaded.classes,
         true=true,
         false=false,
         weighting=weighting,
@@ -281,3 +275,259 @@ def demo(out: Path, pretrained: bool) -> None:
     from diffsal.demo import run_demo
 
     run_demo(out, pretrained)
+
+
+_index_options = [
+    click.option(
+        "--maps",
+        type=click.Path(path_type=Path),
+        help="Folder of human maps of the same names, where the index names none.",
+    ),
+    click.option("--classes", callback=_names, metavar="A,B", help="Class names, in order."),
+]
+
+
+def _with(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@main.command()
+@click.argument("index", type=click.Path(path_type=Path))
+@click.option(
+    "--method",
+    metavar="NAME",
+    help="cross-entropy, baseline, difference, per-class or contrast.  [default: contrast]",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@_with(_index_options)
+@click.option(
+    "--arch", "architecture", metavar="NAME", help="As for explain.  [default: densenet121]"
+)
+@click.option(
+    "--weights", metavar="DEFAULT|none|FILE", help="What to begin with.  [default: DEFAULT]"
+)
+@click.option("--epochs", type=int, help="[default: 50]")
+@click.option("--batch-size", type=int, help="[default: 20]")
+@click.option("--lr", type=float, help="[default: 0.002]")
+@click.option("--momentum", type=float, help="[default: 0.9]")
+@click.option("--weight-decay", type=float, help="[default: 1e-6]")
+@click.option("--schedule", type=click.Choice(["none", "step", "cosine"]), help="[default: step]")
+@click.option("--size", type=int, metavar="PIXELS", help="[default: 224]")
+@click.option("--alpha", type=float, help="Weight of the cross-entropy.  [default: the paper's]")
+@click.option("--beta", type=float, help="Weight of the human map.  [default: the paper's]")
+@click.option("--gamma", type=float, help="Weight of the third term.  [default: the paper's]")
+@click.option("--pool", type=click.Choice(["area", "max"]), help="Of human maps.  [default: area]")
+@click.option(
+    "--validation", type=float, help="Share held out, if the index has none.  [default: 0.2]"
+)
+@click.option(
+    "--select",
+    type=click.Choice(["last", "best-auroc", "best-accuracy"]),
+    help="Epoch that best.pt holds.  [default: last]",
+)
+@click.option("--seed", type=int, help="[default: 0]")
+@click.option("--amp", type=click.Choice(["none", "bf16", "fp16"]), help="[default: none]")
+@click.option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="[default: auto]")
+@click.option("--workers", type=int, help="Processes that read images.  [default: 0]")
+@click.option("--tensorboard", is_flag=True, default=None, help="Write a log for TensorBoard too.")
+@click.option("--config", type=click.Path(path_type=Path), help="TOML; the command line wins.")
+@click.option("--resume", is_flag=True, help="Go on after the last finished epoch.")
+@click.option("--json", "as_json", is_flag=True, help="Print the epochs' records as JSON.")
+@_debug
+def train(
+    index: Path,
+    out: Path,
+    maps: Path | None,
+    classes: tuple[str, ...] | None,
+    config: Path | None,
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train a classifier with human salience maps (Eq. 2-5), or with cross-entropy alone.
+
+    INDEX is a CSV (path,label[,map][,subset][,group][,split]) or a folder of class folders. Under
+    torchrun, several processes train one model. Defaults are the paper's; a TOML file's keys are
+    the attributes of diffsal.train.TrainingConfig.
+    """
+    from diffsal.data import read_index
+    from diffsal.devices import process_rank
+    from diffsal.train import LOG, TrainingConfig
+    from diffsal.train import train as run
+
+    given = _given(**options)
+    if config is None:
+        chosen = TrainingConfig.from_dict(given, "command line")
+    else:
+        chosen = TrainingConfig.from_toml(config, **given)
+    best = run(read_index(index, **_given(maps=maps, classes=classes)), out, chosen, resume=resume)
+    if process_rank()[0] == 0:
+        epochs = [json.loads(line) for line in (out / LOG).read_text("utf-8").splitlines()]
+        _report_training(best, epochs, as_json)
+
+
+def _report_training(best: Path, epochs: list[dict[str, float]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"model": str(best), "epochs": epochs}, indent=2))
+        return
+    for record in epochs:
+        numbers = (f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
+        click.echo(f"epoch {record['epoch']}: {', '.join(numbers)}")
+    click.echo(best)
+
+
+def _index(path: Path, maps: Path | None, loaded: LoadedModel, given: dict[str, Any]) -> Index:
+    """The index, with labels in the order of the model's outputs where their names are known."""
+    from diffsal.data import read_index
+
+    return read_index(path, **_given(maps=maps, classes=given["classes"] or loaded.classes))
+
+
+@main.command()
+@click.argument("index", type=click.Path(path_type=Path))
+@_model_options
+@click.option(
+    "--maps", type=click.Path(path_type=Path), help="Folder of human maps, if the index has none."
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder."
+)
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="Weights of a model to set beside it."
+)
+@click.option("--limit", type=click.IntRange(1), help="At most so many images, drawn at random.")
+@click.option(
+    "--subset",
+    type=click.IntRange(0),
+    default=8,
+    show_default=True,
+    help="Images for the slow methods, ROAD and randomisation.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace files that are there already.")
+@click.option("--json", "as_json", is_flag=True, help="Print audit.json to stdout.")
+@_debug
+def audit(
+    index: Path,
+    maps: Path | None,
+    out: Path,
+    reference: Path | None,
+    limit: int | None,
+    subset: int,
+    batch_size: int,
+    seed: int,
+    overwrite: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Tell whether a model's heatmaps can be believed, in numbers and a page to send.
+
+    INDEX is a CSV (path,label[,map][,subset][,group][,split]) or a folder of class folders. Writes
+    report.html, audit.json and per-image.csv.
+    """
+    from diffsal.audit import Settings
+    from diffsal.audit import audit as run
+    from diffsal.devices import choose_device
+    from diffsal.models import load_model
+
+    loaded, preprocessing = _load(**given)
+    same = {"arch": given["arch"], "target_layer": given["target_layer"]}
+    other = load_model(reference, **same) if reference else None
+    settings = Settings(
+        preprocessing=preprocessing,
+        device=choose_device(given["device"]),
+        limit=limit,
+        subset=subset,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    found = run(_index(index, maps, loaded, given), loaded, out, settings, other, overwrite)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        click.echo("\n".join(found["summary"]))
+        click.echo(out / "report.html")
+    for failure in found["failed"]:
+        click.echo(f"Error: {failure['path']}: {failure['error']}", err=True)
+    if found["failed"]:
+        raise SystemExit(SOME_FAILED)
+
+
+@main.command()
+@click.argument("index", type=click.Path(path_type=Path))
+@_model_options
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The fooled model's checkpoint."
+)
+@click.option(
+    "--target", default="edges", show_default=True, metavar="edges|corner|IMAGE", help="To display."
+)
+@click.option("--width", type=click.IntRange(1), help="Of the frame, in cells.  [default: a 7th]")
+@click.option(
+    "--objective",
+    type=click.Choice(["true", "difference", "both", "top-k", "center-mass"]),
+    default="true",
+    show_default=True,
+    help="What the attack moves.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["trained", "head-shift"]),
+    default="trained",
+    show_default=True,
+    help="Fine-tuning, or one vector added to every row of the head.",
+)
+@click.option("--epochs", type=int, help="Of the training.")
+@click.option("--lr", type=float, help="Of the training.")
+@click.option("--batch-size", type=int)
+@click.option("--freeze-batchnorm", is_flag=True, default=None, help="As Heo et al. do.")
+@click.option("--alpha", type=float, help="Weight of the cross-entropy.")
+@click.option("--beta", type=float, help="Weight of the false map.")
+@click.option("--seed", type=int)
+@click.option("--workers", type=int, help="Processes that read images.")
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there already.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@_debug
+def fool(
+    index: Path,
+    out: Path,
+    target: str,
+    width: int | None,
+    objective: Any,
+    method: Any,
+    overwrite: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Make a model whose heatmaps lie, to test explanations and audits with.
+
+    Prints what changed on images that the attack has not seen.
+    """
+    from dataclasses import replace
+
+    from diffsal.fooling import FINE_TUNING, as_table
+    from diffsal.fooling import fool as run
+
+    if out.exists() and not overwrite:
+        raise DiffsalError(f"{out} is there already: pass --overwrite, or another --out")
+    loaded, preprocessing = _load(**given)
+    names = ("epochs", "lr", "batch_size", "freeze_batchnorm", "alpha", "beta", "seed", "workers")
+    training = {name: given[name] for name in (*names, "device")}
+    found = run(
+        _index(index, None, loaded, given),
+        loaded,
+        out,
+        target=target,
+        width=width,
+        objective=objective,
+        method=method,
+        preprocessing=preprocessing,
+        config=replace(FINE_TUNING, **_given(**training)),
+    )
+    click.echo(json.dumps(found, indent=2) if as_json else as_table(found))

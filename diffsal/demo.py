@@ -97,7 +97,7 @@ def train_digits(train: Digits, seed: int = 0, epochs: int = 6) -> nn.Module:
 
 
 def write_digits_demo(folder: Path, seed: int = 0) -> tuple[list[Path], Path]:
-    """Train, and write ``image.png``, a held-out 8, and ``weights.pt``; returns their paths."""
+    """Train, and write ``image.png``, a typical held-out 8, and ``weights.pt``; returns their paths."""
     train, held_out = digits(seed)
     model = train_digits(train, seed)
     inputs, labels = held_out.tensors()
@@ -108,7 +108,7 @@ def write_digits_demo(folder: Path, seed: int = 0) -> tuple[list[Path], Path]:
     )
     image = folder / "image.png"
     with replacing(image) as scratch:
-        Image.fromarray(held_out.images[held_out.labels == CLASSES.index("8")][0]).save(scratch)
+        Image.fromarray(_most_typical(held_out.images[held_out.labels == 1])).save(scratch)
     weights = folder / "weights.pt"
     save_checkpoint(
         weights,
@@ -120,6 +120,12 @@ def write_digits_demo(folder: Path, seed: int = 0) -> tuple[list[Path], Path]:
         target_layer="features",
     )
     return [image], weights
+
+
+def _most_typical(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The image nearest to the mean of them all."""
+    distances = ((images - images.mean(0)) ** 2).sum((1, 2, 3))
+    return images[distances.argmin()]
 
 
 def write_photographs_demo(folder: Path) -> tuple[list[Path], Path]:

@@ -47,6 +47,15 @@ def test_timm(tmp_path):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+def test_audit_digits(tmp_path, capsys):
+    maps = example("audit_digits")["main"](tmp_path, epochs=2)
+    assert list(maps) == ["honest", "head-shifted", "passively fooled", "adaptively fooled"]
+    shares = {name: float(one.common_mode_share.mean()) for name, one in maps.items()}
+    assert shares["honest"] < 0.1 < 0.9 < shares["head-shifted"]
+    assert capsys.readouterr().out.count("\n|") == 5
+    assert Image.open(tmp_path / "figure.png").width > 600
+
+
 def test_drop_in(tmp_path):
     images, weights = write_digits_demo(tmp_path)
     example("drop_in")["main"](images[0], weights, tmp_path / "heatmap.png")

@@ -51,7 +51,7 @@ def test_losses_and_gradients_agree(loss, classifier):
         value.backward()
         gradients.append([value.detach().cpu(), *(p.grad.cpu() for p in model.parameters())])
     for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=float(1e-6 * theirs.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
