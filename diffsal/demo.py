@@ -97,7 +97,7 @@ def train_digits(train: Digits, seed: int = 0, epochs: int = 6) -> nn.Module:
 
 
 def write_digits_demo(folder: Path, seed: int = 0) -> tuple[list[Path], Path]:
-    """Train, and write ``image.png``, a typical held-out 8, and ``weights.pt``; returns their paths."""
+    """Train, and write ``image.png``, a typical held-out 8, and ``weights.pt``; returns both."""
     train, held_out = digits(seed)
     model = train_digits(train, seed)
     inputs, labels = held_out.tensors()
@@ -125,7 +125,8 @@ def write_digits_demo(folder: Path, seed: int = 0) -> tuple[list[Path], Path]:
 def _most_typical(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The image nearest to the mean of them all."""
     distances = ((images - images.mean(0)) ** 2).sum((1, 2, 3))
-    return images[distances.argmin()]
+    typical: NDArray[np.uint8] = images[distances.argmin()]
+    return typical
 
 
 def write_photographs_demo(folder: Path) -> tuple[list[Path], Path]:
