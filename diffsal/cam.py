@@ -213,6 +213,10 @@ def _true_choice(targets: Targets, logits: Any) -> Choice:
     """From grad-cam's targets to the true classes, or to the scores where one is no class."""
     if targets is None or isinstance(targets, Tensor):
         return targets
+    if not isinstance(targets, Sequence):
+        raise DiffsalError(
+            f"targets is a {type(targets).__name__}: pass a list with one target for each sample"
+        )
     if len(targets) != len(logits):
         raise DiffsalError(
             f"{len(targets)} targets for a batch of {len(logits)}: pass one for each sample"

@@ -93,7 +93,12 @@ def _size(
 def _names(
     _ctx: click.Context, _parameter: click.Parameter, text: str | None
 ) -> tuple[str, ...] | None:
-    return None if text is None else tuple(name.strip() for name in text.split(","))
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(","))
+    if "" in names or len(set(names)) < len(names):
+        raise click.BadParameter(f"{text!r} has an empty name, or one twice")
+    return names
 
 
 def _model_options(command: Command) -> Command:
@@ -215,10 +220,14 @@ def explain(
     the images among processes.
     """
     from diffsal.devices import choose_device, process_rank
-    from diffsal.explanations import Outputs, Settings, explain_images
+    from diffsal.explanations import MANIFEST, Outputs, Settings, explain_images
+    from diffsal.files import check_writable
     from diffsal.images import find_images
 
+    check_writable(out)
     images = find_images(paths, recursive)
+    if (out / MANIFEST).exists():  # pictures of an earlier run are no images to explain
+        images = [image for image in images if out.resolve() not in image.resolve().parents]
     loaded, preprocessing = _load(**given)
     settings = Settings(
         preprocessing=preprocessing,
@@ -303,7 +312,12 @@ def _with(options: list[Callable[[Command], Command]]) -> Callable[[Command], Co
     metavar="NAME",
     help="cross-entropy, baseline, difference, per-class or contrast.  [default: contrast]",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the run.",
+)
 @_with(_index_options)
 @click.option(
     "--arch", "architecture", metavar="NAME", help="As for explain.  [default: densenet121]"
@@ -349,7 +363,7 @@ def train(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train a classifier with human salience maps (Eq. 2-5), or with cross-entropy alone.
+    """Train a classifier with human salience maps, or with cross-entropy alone.
 
     INDEX is a CSV (path,label[,map][,subset][,group][,split]) or a folder of class folders. Under
     torchrun, several processes train one model. Defaults are the paper's; a TOML file's keys are
@@ -357,9 +371,11 @@ def train(
     """
     from diffsal.data import read_index
     from diffsal.devices import process_rank
+    from diffsal.files import check_writable
     from diffsal.train import LOG, TrainingConfig
     from diffsal.train import train as run
 
+    check_writable(out)
     given = _given(**options)
     if config is None:
         chosen = TrainingConfig.from_dict(given, "command line")
@@ -400,6 +416,7 @@ def _index(path: Path, maps: Path | None, loaded: LoadedModel, given: dict[str, 
 @click.option(
     "--reference", type=click.Path(path_type=Path), help="Weights of a model to set beside it."
 )
+@click.option("--reference-arch", metavar="NAME", help="Its architecture, as --arch.")
 @click.option("--limit", type=click.IntRange(1), help="At most so many images, drawn at random.")
 @click.option(
     "--subset",
@@ -418,6 +435,7 @@ def audit(
     maps: Path | None,
     out: Path,
     reference: Path | None,
+    reference_arch: str | None,
     limit: int | None,
     subset: int,
     batch_size: int,
@@ -434,11 +452,12 @@ def audit(
     from diffsal.audit import Settings
     from diffsal.audit import audit as run
     from diffsal.devices import choose_device
+    from diffsal.files import check_writable
     from diffsal.models import load_model
 
+    check_writable(out)
     loaded, preprocessing = _load(**given)
-    same = {"arch": given["arch"], "target_layer": given["target_layer"]}
-    other = load_model(reference, **same) if reference else None
+    other = load_model(reference, arch=reference_arch) if reference else None
     settings = Settings(
         preprocessing=preprocessing,
         device=choose_device(given["device"]),
@@ -463,7 +482,10 @@ def audit(
 @click.argument("index", type=click.Path(path_type=Path))
 @_model_options
 @click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="The fooled model's checkpoint."
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The fooled model's checkpoint.",
 )
 @click.option(
     "--target", default="edges", show_default=True, metavar="edges|corner|IMAGE", help="To display."
@@ -483,13 +505,13 @@ def audit(
     show_default=True,
     help="Fine-tuning, or one vector added to every row of the head.",
 )
-@click.option("--epochs", type=int, help="Of the training.")
-@click.option("--lr", type=float, help="Of the training.")
-@click.option("--batch-size", type=int)
+@click.option("--epochs", type=int, help="Of the training.  [default: 20]")
+@click.option("--lr", type=float, help="Of the training.  [default: 0.02]")
+@click.option("--batch-size", type=int, help="Of the training.  [default: 16]")
 @click.option("--freeze-batchnorm", is_flag=True, default=None, help="As Heo et al. do.")
-@click.option("--alpha", type=float, help="Weight of the cross-entropy.")
-@click.option("--beta", type=float, help="Weight of the false map.")
-@click.option("--seed", type=int)
+@click.option("--alpha", type=float, help="Weight of the cross-entropy.  [default: 0.5]")
+@click.option("--beta", type=float, help="Weight of the objective.  [default: 0.5]")
+@click.option("--seed", type=int, help="Of all that is random.  [default: 0]")
 @click.option("--workers", type=int, help="Processes that read images.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
@@ -511,9 +533,11 @@ def fool(
     """
     from dataclasses import replace
 
+    from diffsal.files import check_writable
     from diffsal.fooling import FINE_TUNING, as_table
     from diffsal.fooling import fool as run
 
+    check_writable(out.parent)
     if out.exists() and not overwrite:
         raise DiffsalError(f"{out} is there already: pass --overwrite, or another --out")
     loaded, preprocessing = _load(**given)

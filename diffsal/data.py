@@ -63,6 +63,7 @@ AUGMENTATIONS: dict[str, type[v2.Transform]] = {
 _REQUIRED = ("path", "label")
 _COLUMNS = (*_REQUIRED, "map", "subset", "group", "split")
 _SPLITS = get_args(Split)[1:]
+_SPLIT_FOLDERS = (*_SPLITS, "valid", "validation")
 # A share is held out as some of at most this many folds.
 _MAX_FOLDS = 20
 
@@ -218,10 +219,15 @@ def _header(place: str, columns: list[str]) -> list[str]:
 
 
 def _class_folders(root: Path) -> Iterator[_Row]:
-    for folder in sorted(root.iterdir()):
-        if folder.is_dir() and not folder.name.startswith("."):
-            for image in find_images([folder], recursive=True):
-                yield _Row(str(image), image, _key(root, image), folder.name)
+    folders = [one for one in sorted(root.iterdir()) if one.is_dir() and one.name[0] != "."]
+    if folders and all(folder.name.lower() in _SPLIT_FOLDERS for folder in folders):
+        raise DiffsalError(
+            f"{root}: its folders are splits, not classes; pass one of them, or a CSV with the "
+            "columns path,label,split"
+        )
+    for folder in folders:
+        for image in find_images([folder], recursive=True):
+            yield _Row(str(image), image, _key(root, image), folder.name)
 
 
 def _key(root: Path, path: Path) -> str:

@@ -302,8 +302,8 @@ def _write(folder: Path, outputs: Outputs, draft: _Draft) -> Record:
         if outputs.maps:
             with replacing(folder / f"{draft.stem}.npz") as scratch:
                 np.savez_compressed(scratch, **draft.arrays)  # type: ignore[arg-type]
-    except OSError as error:
-        return _failure(draft.path, f"cannot write to {folder}: {error.strerror}")
+    except (OSError, DiffsalError) as error:
+        return _failure(draft.path, error)
     return draft.record | {"files": outputs.names(draft.stem)}
 
 

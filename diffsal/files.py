@@ -8,7 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["replacing", "write_json"]
+from diffsal.errors import DiffsalError
+
+__all__ = ["check_writable", "replacing", "write_json"]
+
+
+def check_writable(folder: Path) -> None:
+    """See, before any work is done, that files can be written to ``folder``; makes nothing.
+
+    Raises:
+        DiffsalError: they cannot.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise DiffsalError(f"{folder}: no folder that can be written to; name another --out")
 
 
 @contextmanager
@@ -18,9 +31,17 @@ def replacing(path: Path) -> Iterator[Path]:
     On any exception, KeyboardInterrupt included, the scratch file is removed and what stood at
     ``path`` before is untouched. The scratch name keeps the suffix, by which writers such as
     matplotlib choose a format.
+
+    Raises:
+        DiffsalError: the folder cannot be made or written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise DiffsalError(
+            f"{path}: cannot be written ({error.strerror}); name another --out"
+        ) from error
     os.close(handle)
     scratch = Path(name)
     try:

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -818,7 +819,16 @@ def _copy_weights(source: nn.Module, model: nn.Module) -> None:
 
 def _identity(index: Index, config: TrainingConfig) -> dict[str, Any]:
     """What must be the same for a run to go on."""
-    samples = [(sample.path.name, sample.label, sample.split) for sample in index.samples]
+    root = index.source if index.source.is_dir() else index.source.parent
+    samples = [
+        (
+            os.path.relpath(sample.path, root),
+            sample.label,
+            sample.split,
+            sample.map and os.path.relpath(sample.map, root),
+        )
+        for sample in index.samples
+    ]
     return {
         **{name: value for name, value in config.to_dict().items() if name not in _FREE},
         "classes": list(index.classes),
@@ -832,7 +842,12 @@ def _read_run(path: Path, resume: bool, identity: Mapping[str, Any]) -> dict[str
         return None
     if not resume:
         raise DiffsalError(f"{path.parent}: holds a run; --resume it, or choose another --out")
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch raise almost anything
+        raise DiffsalError(
+            f"{path}: is damaged and cannot be resumed; remove it to begin anew"
+        ) from error
     started = checkpoint.get("run", {})
     for name, value in identity.items():
         if started.get(name) != value:

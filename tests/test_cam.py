@@ -253,6 +253,7 @@ def test_volumes(x):
     [
         (2, [ClassifierOutputTarget(0)] * 2, "2 targets for a batch of 3"),
         (2, [ClassifierOutputTarget(0)] * 4, "4 targets for a batch of 3"),
+        (2, ClassifierOutputTarget(0), "pass a list"),
         (2, [ClassifierOutputTarget(2)] * 3, "names class 2"),
         (2, [ClassifierOutputTarget(-1)] * 3, "names class -1"),
         (2, [BinaryClassifierOutputTarget(1)] * 3, "is for one logit"),

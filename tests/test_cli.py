@@ -96,14 +96,52 @@ def test_from_training_to_a_report(folder):
         (["train", "index.csv", "--out", "run", "--classes", "ill,healthy"], "well"),
         (["audit", "index.csv", "--model", "nowhere.pt", "--out", "audit"], "nowhere.pt"),
         (["fool", "index.csv", "--model", "0.png", "--out", "fooled.pt"], "0.png"),
+        (["explain", "0.png", "--model", "tiny.pt", "--out", "tiny.toml/out"], "written to"),
+        (["train", "index.csv", "--out", "tiny.toml/run"], "written to"),
+        (["audit", "index.csv", "--model", "tiny.pt", "--out", "tiny.toml/out"], "written to"),
+        (["fool", "index.csv", "--model", "tiny.pt", "--out", "tiny.toml/f.pt"], "written to"),
+        (["train", "splits", "--out", "run"], "splits, not classes"),
     ],
 )
 def test_wrong_usage_is_one_clear_line(folder, arguments, message):
+    for split in ("train", "test"):
+        Path("splits", split, "ill").mkdir(parents=True)
     result = run(*arguments, status=1)
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not Path("run").exists()
     assert not Path("audit").exists()
+
+
+def test_a_damaged_checkpoint_is_told(folder):
+    train = ["train", "index.csv", "--config", "tiny.toml", "--epochs", 1, "--out", "run"]
+    run(*train, "--method", "cross-entropy")
+    Path("run/last.pt").write_bytes(b"garbage")
+    result = run(*train, "--method", "cross-entropy", "--resume", status=1)
+    assert "damaged" in result.stderr
+
+
+def test_a_run_is_not_resumed_with_other_human_maps(folder):
+    train = ["train", "index.csv", "--config", "tiny.toml", "--epochs", 1, "--out", "run"]
+    run(*train)
+    index = Path("index.csv").read_text()
+    Path("index.csv").write_text(index.replace("0-map.png", "2-map.png"))
+    assert "samples" in run(*train, "--resume", status=1).stderr
+
+
+def test_pictures_of_an_earlier_run_are_not_explained(folder):
+    run("train", "index.csv", "--config", "tiny.toml", "--epochs", 1, "--out", "run")
+    Path("some").mkdir()
+    Path("0.png").rename("some/0.png")
+    explain = ["explain", "some", "--recursive", "--model", "run/best.pt", "--out", "some/out"]
+    for options in ([], ["--overwrite"]):
+        run(*explain, *options)
+        assert len(json.loads(Path("some/out/manifest.json").read_text())["images"]) == 1
+
+
+@pytest.mark.parametrize("names", ["ill,", "ill,ill"])
+def test_class_names_are_distinct(folder, names):
+    run("explain", "0.png", "--model", "tiny.pt", "--classes", names, status=2)
 
 
 def test_version_and_help():
