@@ -45,7 +45,7 @@ from diffsal.files import replacing, write_json
 from diffsal.findings import COLUMNS, MAPS, Measured, Row, compare, find, plain, summarize
 from diffsal.fooling import head_shift, target_distance, target_map
 from diffsal.images import Preprocessing
-from diffsal.models import LoadedModel
+from diffsal.models import LoadedModel, check_class_order
 from diffsal.report import picture, render_report
 from diffsal.salience import SalienceMaps, explain
 from diffsal.target_layers import get_target_layer
@@ -54,7 +54,9 @@ __all__ = ["Settings", "audit"]
 
 FORMAT = "diffsal-audit"
 FORMAT_VERSION = 1
-FILES = ("per-image.csv", "audit.json", "report.html")  # in the order in which they are written
+_REFERENCE_ROWS = "per-image-reference.csv"
+# In the order in which they are written:
+FILES = ("per-image.csv", _REFERENCE_ROWS, "audit.json", "report.html")
 
 _OCCLUDER: Occluder = "mean"
 _FINEST = 8  # cells to occlude along each axis: more would cost their square in forward passes
@@ -106,20 +108,26 @@ def audit(
         folder: made where it is not there.
         settings: see there.
         reference: a second model, measured on the same images and set beside the first.
-        overwrite: replace files that are there already.
+        overwrite: replace files that are there already; an earlier audit's rows of a reference go
+            where there is none now.
 
     Returns:
         The content of ``audit.json``.
 
     Raises:
-        DiffsalError: no images, none that can be read, class names that do not fit the model's
-            outputs, a model that does not run on the images, files that are there already.
+        DiffsalError: no images, none that can be read, class names that do not fit a model's
+            outputs or their order, a model that does not run on the images, files that are there
+            already.
     """
     _check_free(folder, overwrite)
+    for model in (loaded, reference):
+        if model is not None:
+            check_class_order(model, index.classes, index.source)
     samples, split = _chosen(index, settings)
     measured = _measure(samples, index, loaded, settings, "audit")
-    randomisation = _measure_subset(measured, loaded, settings)
-    fooled, obstacle = _stress(index, split, measured, loaded, settings)
+    with _running(settings):
+        randomisation = _measure_subset(measured, loaded, settings)
+        fooled, obstacle = _stress(index, split, measured, loaded, settings)
     comparison, other = None, None
     if reference is not None:
         other = _measure(samples, index, reference, _own_input(settings, reference), "reference")
@@ -152,7 +160,9 @@ def audit(
 
     _write_rows(folder / "per-image.csv", measured.rows)
     if other is not None:
-        _write_rows(folder / "per-image-reference.csv", other.rows)
+        _write_rows(folder / _REFERENCE_ROWS, other.rows)
+    elif overwrite:
+        (folder / _REFERENCE_ROWS).unlink(missing_ok=True)
     write_json(folder / "audit.json", document)
     with replacing(folder / "report.html") as path:
         path.write_text(page, encoding="utf-8")

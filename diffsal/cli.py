@@ -137,9 +137,11 @@ def _load(
     from dataclasses import replace
 
     from diffsal.images import Preprocessing
-    from diffsal.models import load_model
+    from diffsal.models import check_class_order, load_model
 
     loaded = load_model(model, arch=arch, target_layer=target_layer)
+    if given["classes"]:
+        check_class_order(loaded, given["classes"], "--classes")
     for note in loaded.notes:
         click.echo(f"Note: {note}", err=True)
     chosen = _given(**{name: given[name] for name in ("size", "resize", "mean", "std")})

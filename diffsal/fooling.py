@@ -40,7 +40,7 @@ from diffsal.losses import (
     DifferenceSalienceLoss,
     SalienceLoss,
 )
-from diffsal.models import LoadedModel, save_checkpoint
+from diffsal.models import LoadedModel, check_class_order, save_checkpoint
 from diffsal.salience import SalienceMaps, explain, normalize
 from diffsal.target_layers import TargetLayer, find_target_layer
 from diffsal.train import TrainingConfig, auroc, fit
@@ -499,7 +499,8 @@ def fool(
 
     Args:
         index: labels in the order of the model's outputs; human maps are not used.
-        loaded: the honest model, left as it is.
+        loaded: the honest model, left as it is. A float32 copy is fooled, so the checkpoint is
+            float32 whatever the model's precision.
         out: path of the checkpoint to write, for ``diffsal explain --model``.
         target: see :func:`target_map`; ``top-k`` and ``center-mass`` have none.
         width: of the frame, see there.
@@ -522,17 +523,22 @@ def fool(
         ``largest_probability_change``.
 
     Raises:
-        DiffsalError: classes that are not the index's; a head-shift with an objective that it
-            cannot reach; see :func:`target_map`, :func:`head_shift`, :func:`diffsal.train.fit` and
+        DiffsalError: classes that do not fit the index's; a class without a held-out sample; a
+            head-shift with an objective that it cannot reach; a target or a width for an objective
+            that has none; see :func:`target_map`, :func:`head_shift`, :func:`diffsal.train.fit` and
             :func:`diffsal.data.with_validation`.
     """
-    _check(index, loaded, objective, method)
-    honest, layer = loaded.model.to(choose_device(config.device)), loaded.target_layer
+    _check(objective, method, target, width)
+    check_class_order(loaded, index.classes, index.source)
+    honest = deepcopy(loaded.model).float().to(choose_device(config.device))
+    layer = _within(honest, loaded.target_layer)
     preprocessing = preprocessing or loaded.preprocessing or Preprocessing()
     parts = _parts(index, config)
     plain = ImageDataset([*parts[0], *parts[1]], preprocessing, read=read)
+    first, _ = next(_explained(honest, layer, plain, config))
+    _check_classes(class_count(first.logits), index, parts[1])
     if MEASURES[objective] is target_distance:
-        pixels = target_map(target, _grid(honest, layer, plain, config), width)
+        pixels = target_map(target, (first.true.shape[1], first.true.shape[2]), width)
         references = dict.fromkeys((sample.path for sample in plain.samples), pixels.numpy())
     else:
         references = _true_maps(honest, layer, plain, config)
@@ -542,11 +548,7 @@ def fool(
     )
 
     before = _observe(honest, layer, held_out, MEASURES[objective], config)
-    if class_count(before.logits) != len(index.classes):
-        raise DiffsalError(
-            f"the model tells {class_count(before.logits)} classes apart, {index.source} has "
-            f"{len(index.classes)}: pass the index that it was trained for"
-        )
+    summary = before.summary(held_out)  # before the work, so that what it refuses costs none
     if method == "trained":
         fooled = _trained(honest, layer, training, objective, config)
     else:
@@ -571,7 +573,7 @@ def fool(
         **attack,
         "images": len(held_out),
         "measure": MEASURES[objective].__name__,
-        "honest": before.summary(held_out),
+        "honest": summary,
         "fooled": after.summary(held_out),
         "agreement": float(agree.double().mean()),
         "largest_probability_change": float(changes.abs().max()),
@@ -602,17 +604,31 @@ def as_table(report: Mapping[str, Any]) -> str:
     )
 
 
-def _check(index: Index, loaded: LoadedModel, objective: Objective, method: Method) -> None:
+def _check(objective: Objective, method: Method, target: str | Path, width: int | None) -> None:
     if method == "head-shift" and objective not in ("true", "both"):
         raise DiffsalError(
             f"head-shift moves both classes' maps alike and cannot reach {objective}: fool by "
             "training, or choose the objective true or both"
         )
-    if loaded.classes and loaded.classes != index.classes:
-        names = ",".join(loaded.classes)
+    if MEASURES[objective] is not target_distance and (target != "edges" or width is not None):
         raise DiffsalError(
-            f"{index.source}: its classes are {','.join(index.classes)}, the model's are {names}: "
-            f"read it with --classes {names}"
+            f"the objective {objective} has no target: leave out target and width, or choose "
+            "another objective"
+        )
+
+
+def _check_classes(count: int, index: Index, held_out: list[Sample]) -> None:
+    if count != len(index.classes):
+        raise DiffsalError(
+            f"the model tells {count} classes apart, {index.source} has {len(index.classes)}: pass "
+            "the index that it was trained for"
+        )
+    missing = set(range(count)) - {sample.label for sample in held_out}
+    if missing:
+        split = "test" if index.split("test") else "val"
+        raise DiffsalError(
+            f"{index.source}: AUROC is undefined, no sample of the class "
+            f"{index.classes[min(missing)]} has the split {split}; mark some"
         )
 
 
@@ -657,13 +673,6 @@ def _explained(
 def _within(model: nn.Module, layer: TargetLayer) -> TargetLayer:
     """The same layer of a copy of its model."""
     return replace(layer, module=model.get_submodule(layer.name))
-
-
-def _grid(
-    model: nn.Module, layer: TargetLayer, dataset: ImageDataset, config: TrainingConfig
-) -> tuple[int, int]:
-    maps, _ = next(_explained(model, layer, dataset, config))
-    return maps.true.shape[1], maps.true.shape[2]
 
 
 def _true_maps(

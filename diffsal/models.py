@@ -34,7 +34,7 @@ from diffsal.files import replacing
 from diffsal.images import Preprocessing
 from diffsal.target_layers import TargetLayer, find_target_layer, get_target_layer
 
-__all__ = ["LoadedModel", "build_model", "load_model", "save_checkpoint"]
+__all__ = ["LoadedModel", "build_model", "check_class_order", "load_model", "save_checkpoint"]
 
 State: TypeAlias = dict[str, Tensor]
 
@@ -279,6 +279,26 @@ def build_model(
         raise DiffsalError(
             f"{architecture} cannot be built with {dict(arguments)}: {_one_line(error)}"
         ) from error
+
+
+def check_class_order(loaded: LoadedModel, classes: Sequence[str], source: str | Path) -> None:
+    """Refuse labels that name a model's classes in another order than its outputs.
+
+    Args:
+        loaded: the model; where its file names no classes, or others, every order is taken.
+        classes: names in the order of the labels.
+        source: where the labels are from, for the message.
+
+    Raises:
+        DiffsalError: the same names, in another order.
+    """
+    own = list(loaded.classes or ())
+    if sorted(own) == sorted(classes) and own != list(classes):
+        names = ",".join(own)
+        raise DiffsalError(
+            f"{source}: its classes are {','.join(classes)}, those of {loaded.path} are {names}: "
+            f"read it with --classes {names}"
+        )
 
 
 def _load(path: Path, arch: str | None, target_layer: str | None) -> LoadedModel:

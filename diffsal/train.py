@@ -50,7 +50,7 @@ from diffsal.errors import DiffsalError
 from diffsal.files import replacing
 from diffsal.images import Preprocessing
 from diffsal.losses import LOSSES, Pool, SalienceLoss
-from diffsal.models import LoadedModel, build_model, load_model, save_checkpoint
+from diffsal.models import build_model, check_class_order, load_model, save_checkpoint
 from diffsal.salience import capture, evaluation_mode, output_logits
 from diffsal.target_layers import TargetLayer, find_target_layer, get_target_layer
 
@@ -762,7 +762,7 @@ def _new_model(index: Index, config: TrainingConfig) -> tuple[nn.Module, dict[st
         model = build_model(architecture, arguments, weights=config.weights)
     else:
         loaded = load_model(config.weights, arch=config.architecture)
-        _check_class_order(loaded, index, config)
+        check_class_order(loaded, index.classes, index.source)
         architecture, base = loaded.architecture, loaded.preprocessing
         arguments = {**_with_classes(architecture, loaded.arguments, index), **config.arguments}
         model = build_model(architecture, arguments)
@@ -783,15 +783,6 @@ def _with_classes(architecture: str, arguments: Mapping[str, Any], index: Index)
     if (is_factory and outputs is None) or (outputs == 1 and classes == 2):
         return dict(arguments)
     return {**arguments, "num_classes": classes}
-
-
-def _check_class_order(loaded: LoadedModel, index: Index, config: TrainingConfig) -> None:
-    classes = loaded.classes or ()
-    if set(classes) == set(index.classes) and classes != index.classes:
-        raise DiffsalError(
-            f"{index.source}: its classes are {','.join(index.classes)}, those of {config.weights} "
-            f"are {','.join(classes)}; read it with --classes {','.join(classes)}"
-        )
 
 
 def _saved_model(path: Path, config: TrainingConfig) -> tuple[nn.Module, dict[str, Any]]:

@@ -402,6 +402,18 @@ def test_files_are_not_overwritten_unasked(tmp_path, refused):
         audit(index, loaded_model(tmp_path), tmp_path, settings())
 
 
+def test_rows_of_an_earlier_reference_do_not_stay(tmp_path, refused):
+    rows = tmp_path / "audit" / "per-image-reference.csv"
+    rows.parent.mkdir()
+    rows.touch()
+    index = read_index(write_index(tmp_path / "data", (2, 2), maps=False), classes=NAMES[:2])
+    loaded = loaded_model(tmp_path)
+    with refused("per-image-reference.csv is there already"):
+        audit(index, loaded, rows.parent, settings(subset=0))
+    audit(index, loaded, rows.parent, settings(subset=0), overwrite=True)
+    assert not rows.exists()
+
+
 def test_the_model_is_left_as_it_was(audited):
     state = load_model(audited.loaded.path).model.state_dict()
     for name, value in audited.loaded.model.state_dict().items():
@@ -530,6 +542,35 @@ def test_classes_that_are_not_the_models(tmp_path, refused):
     index = read_index(write_index(tmp_path / "data", (2, 2), maps=False), classes=NAMES[:2])
     with refused("2 class names for a model of 50 classes"):
         audit(index, loaded_model(tmp_path, outputs=50), tmp_path, settings())
+
+
+@pytest.mark.parametrize("who", ["weights", "reference"])
+def test_classes_in_another_order_than_a_models(who, tmp_path, refused):
+    index = read_index(write_index(tmp_path / "data", (2, 2), maps=False), classes=("8", "3"))
+    loaded = loaded_model(tmp_path)
+    reference = load_model(model_file(tmp_path / "reference.pt", seed=1))
+    if who == "reference":
+        loaded = replace(loaded, classes=("8", "3"))
+    with refused(
+        rf"index\.csv: its classes are 8,3, those of .*{who}\.pt are 3,8: .* --classes 3,8"
+    ):
+        audit(index, loaded, tmp_path / "audit", settings(subset=0), reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("road", torch.OutOfMemoryError(), "has no memory for 64 images"),
+        ("head_shift", RuntimeError("too deep"), r"does not run on 32 x 32 inputs \(too deep\)"),
+    ],
+)
+def test_errors_of_the_model_in_later_steps(name, error, words, tmp_path, monkeypatch, refused):
+    def fail(*_arguments, **_options):
+        raise error
+
+    monkeypatch.setattr(diffsal.audit, name, fail)
+    with refused(words):
+        audit_of(tmp_path, loaded_model(tmp_path))
 
 
 def test_a_model_that_does_not_run(tmp_path, refused):

@@ -257,6 +257,7 @@ def test_an_input_is_never_overwritten(run, tmp_path):
         (["image.png", "--model", "weights.pt", "--true", "2"], 1, "class 2"),
         (["image.png", "--model", "weights.pt", "--true", "1", "--false", "1"], 1, "true class"),
         (["image.png", "--model", "weights.pt", "--classes", "a,b,c"], 1, "3 class names"),
+        (["image.png", "--model", "weights.pt", "--classes", "dog,cat"], 1, "cat,dog"),
         (["image.png", "--model", "weights.pt", "--target-layer", "feature"], 1, "features"),
         (["image.png", "--model", "weights.pt", "--device", "cuda:99"], 1, "not available"),
         (["image.png", "--model", "weights.pt", "--device", "gpu"], 1, "unknown"),

@@ -1,6 +1,7 @@
 """The attacks: decisions stay, and maps of images not seen before go where they are sent."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -440,6 +441,53 @@ def test_the_table_shows_both_models(folder: Path) -> None:
     assert lines["largest change of a probability"] == ["3e-07"]
 
 
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_a_held_out_part_of_one_class_is_refused_before_the_work(
+    split: str,
+    folder: Path,
+    index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[[str], Any],
+) -> None:
+    monkeypatch.setattr("diffsal.fooling._trained", None)
+    samples = (*index.split("train"), *(s for s in index.split("test") if s.label == 0))
+    samples = tuple(replace(s, split=split if s.split == "test" else s.split) for s in samples)
+    with refused(
+        rf"index\.csv: AUROC is undefined, no sample of the class 8 has the split {split}"
+    ):
+        fool(replace(index, samples=samples), load_model(folder / "honest.pt"), tmp_path / "f.pt")
+    assert not (tmp_path / "f.pt").exists()
+
+
+def test_a_model_of_more_classes_is_refused_before_the_work(
+    folder: Path,
+    index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Callable[[str], Any],
+) -> None:
+    monkeypatch.setattr("diffsal.fooling._true_maps", None)
+    loaded = load_model(folder / "honest.pt")
+    model = deepcopy(loaded.model)
+    model.classifier = nn.Linear(model.classifier.in_features, 3)
+    layer = replace(loaded.target_layer, module=model.get_submodule(loaded.target_layer.name))
+    loaded = replace(loaded, model=model, target_layer=layer, classes=("3", "8", "9"))
+    with refused("tells 3 classes apart"):
+        fool(index, loaded, tmp_path / "f.pt", objective="top-k")
+
+
+@pytest.mark.parametrize("method", ["trained", "head-shift"])
+def test_a_half_precision_model_is_fooled_in_float32(
+    method: Any, folder: Path, index: Index, tmp_path: Path
+) -> None:
+    loaded = load_model(folder / "honest.pt")
+    loaded.model.half()
+    fool(index, loaded, tmp_path / "f.pt", method=method, config=replace(QUICK, epochs=1))
+    assert {p.dtype for p in load_model(tmp_path / "f.pt").model.parameters()} == {torch.float32}
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float16}
+
+
 def test_attacks_that_cannot_be_are_refused(
     folder: Path, index: Index, tmp_path: Path, refused: Callable[[str], Any]
 ) -> None:
@@ -451,6 +499,10 @@ def test_attacks_that_cannot_be_are_refused(
         fool(replace(index, classes=("8", "3")), loaded, out)
     with refused("tells 2 classes apart"):
         fool(replace(index, classes=("3", "8", "9")), replace(loaded, classes=None), out)
+    with refused("objective top-k has no target"):
+        fool(index, loaded, out, objective="top-k", target="corner")
+    with refused("objective center-mass has no target"):
+        fool(index, loaded, out, objective="center-mass", width=1)
     with refused("no sample has the split train"):
         fool(replace(index, samples=index.split("test")), loaded, out)
     assert not out.exists()

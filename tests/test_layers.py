@@ -16,8 +16,8 @@ import diffsal
 PACKAGE = Path(diffsal.__file__).parent
 
 LAYERS = (
-    ("errors", "files"),
-    ("contrast", "target_layers", "images", "devices", "pretrained"),
+    ("errors",),
+    ("files", "contrast", "target_layers", "images", "devices", "pretrained"),
     ("salience", "models"),
     ("cam", "losses", "data", "figures"),
     ("explanations", "faithfulness", "train", "report"),
