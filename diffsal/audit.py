@@ -8,7 +8,6 @@ pictures. From the rows come the findings, see :mod:`diffsal.findings`, and the 
 import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from diffsal import __version__
 from diffsal.contrast import class_count, predicted_class, probabilities
 from diffsal.data import ImageDataset, Index, Sample
+from diffsal.devices import running
 from diffsal.errors import DiffsalError
 from diffsal.explanations import Outputs, class_names, explain_images
 from diffsal.explanations import Settings as ExplanationSettings
@@ -125,7 +125,7 @@ def audit(
             check_class_order(model, index.classes, index.source)
     samples, split = _chosen(index, settings)
     measured = _measure(samples, index, loaded, settings, "audit")
-    with _running(settings):
+    with running(settings.device, settings.preprocessing.size, settings.batch_size):
         randomisation = _measure_subset(measured, loaded, settings)
         fooled, obstacle = _stress(index, split, measured, loaded, settings)
     comparison, other = None, None
@@ -249,24 +249,6 @@ def _failure(sample: Sample, error: object) -> dict[str, str]:
     return {"path": str(sample.path), "error": str(error).removeprefix(f"{sample.path}: ")}
 
 
-@contextmanager
-def _running(settings: Settings) -> Iterator[None]:
-    """Turn what a model raises on inputs that it was not made for into one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise DiffsalError(
-            f"{settings.device} has no memory for {settings.batch_size} images at once: pass a "
-            "smaller --batch-size"
-        ) from None
-    except (RuntimeError, ValueError, AssertionError) as error:
-        size = " x ".join(map(str, settings.preprocessing.size))
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DiffsalError(
-            f"the model does not run on {size} inputs ({reason}): check --size and --arch"
-        ) from error
-
-
 def _measure(
     samples: Sequence[Sample], index: Index, loaded: LoadedModel, settings: Settings, title: str
 ) -> Measured:
@@ -274,7 +256,7 @@ def _measure(
     loaded.model.to(settings.device)
     measured = Measured(settings.seed)
     for batch in _batches(samples, loaded, settings, title, measured.failed):
-        with _running(settings):
+        with running(settings.device, settings.preprocessing.size, settings.batch_size):
             if not measured.names:
                 outputs = explain(loaded.model, batch.inputs[:1], target_layers=loaded.target_layer)
                 measured.cells = (outputs.true.shape[1], outputs.true.shape[2])

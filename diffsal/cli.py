@@ -288,25 +288,6 @@ def demo(out: Path, pretrained: bool) -> None:
     run_demo(out, pretrained)
 
 
-_index_options = [
-    click.option(
-        "--maps",
-        type=click.Path(path_type=Path),
-        help="Folder of human maps of the same names, where the index names none.",
-    ),
-    click.option("--classes", callback=_names, metavar="A,B", help="Class names, in order."),
-]
-
-
-def _with(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
 @main.command()
 @click.argument("index", type=click.Path(path_type=Path))
 @click.option(
@@ -320,7 +301,12 @@ def _with(options: list[Callable[[Command], Command]]) -> Callable[[Command], Co
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of the run.",
 )
-@_with(_index_options)
+@click.option(
+    "--maps",
+    type=click.Path(path_type=Path),
+    help="Folder of human maps of the same names, where the index names none.",
+)
+@click.option("--classes", callback=_names, metavar="A,B", help="Class names, in order.")
 @click.option(
     "--arch", "architecture", metavar="NAME", help="As for explain.  [default: densenet121]"
 )

@@ -1,12 +1,14 @@
 """Where tensors live, and which of several processes this one is."""
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from diffsal.errors import DiffsalError
 
-__all__ = ["choose_device", "process_rank"]
+__all__ = ["choose_device", "process_rank", "running"]
 
 
 def process_rank() -> tuple[int, int]:
@@ -42,3 +44,29 @@ def choose_device(name: str = "auto") -> torch.device:
     if not there.get(device.type, False):
         raise DiffsalError(f"device {name!r} is not available on this machine: pass --device cpu")
     return device
+
+
+@contextmanager
+def running(device: torch.device, size: Sequence[int], images: int) -> Iterator[None]:
+    """Turn what a model raises on inputs that it was not made for into one line.
+
+    Args:
+        device: where it runs.
+        size: height and width of the inputs, in pixels.
+        images: in one forward pass.
+
+    Raises:
+        DiffsalError: the model does not run on such inputs, or not on so many at once.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise DiffsalError(
+            f"{device} has no memory for {images} images at once: pass a smaller --batch-size"
+        ) from None
+    except (RuntimeError, ValueError, AssertionError) as error:
+        pixels = " x ".join(map(str, size))
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DiffsalError(
+            f"the model does not run on {pixels} inputs ({reason}): check --size and --arch"
+        ) from error

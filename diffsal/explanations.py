@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from diffsal import __version__
 from diffsal.contrast import NO_CLASS, Choice, class_count, predicted_class, probabilities
-from diffsal.devices import process_rank
+from diffsal.devices import process_rank, running
 from diffsal.errors import DiffsalError
 from diffsal.figures import Explanation, save_figure, save_overlays
 from diffsal.files import replacing, write_json
@@ -192,7 +192,7 @@ def _drafts(
 
 def _maps(inputs: Tensor, loaded: LoadedModel, settings: Settings) -> SalienceMaps:
     dtype = next(loaded.model.parameters()).dtype
-    try:
+    with running(settings.device, inputs.shape[2:], len(inputs)):
         maps = explain(
             loaded.model,
             inputs.to(settings.device, dtype),
@@ -201,17 +201,6 @@ def _maps(inputs: Tensor, loaded: LoadedModel, settings: Settings) -> SalienceMa
             target_layers=loaded.target_layer,
             weighting=settings.weighting,
         )
-    except torch.OutOfMemoryError:
-        raise DiffsalError(
-            f"{settings.device} has no memory for {len(inputs)} images at once: pass a smaller "
-            "--batch-size"
-        ) from None
-    except (RuntimeError, ValueError, AssertionError) as error:
-        size = " x ".join(map(str, inputs.shape[2:]))
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DiffsalError(
-            f"the model does not run on {size} inputs ({reason}): check --size and --arch"
-        ) from error
     return maps.to("cpu")
 
 
