@@ -45,6 +45,7 @@ __all__ = [
     "hold_out",
     "leave_out",
     "read_index",
+    "with_test",
     "with_validation",
 ]
 
@@ -366,13 +367,33 @@ def with_validation(index: Index, fraction: float = 0.2, seed: int = 0) -> Index
     return replace(index, samples=tuple(samples))
 
 
+def with_test(index: Index, fraction: float = 0.2, seed: int = 0) -> Index:
+    """Mark a ``fraction`` of the samples ``test``, the others ``train``; an index's own word goes
+    before.
+
+    Raises:
+        DiffsalError: the index names splits, but no ``test``; see :func:`hold_out`.
+    """
+    if index.split("test"):
+        return index
+    if len(index.split("")) < len(index.samples):
+        raise DiffsalError(f"{index.source}: no sample has the split test; mark some")
+    held = {sample.path for sample in hold_out(index.samples, fraction, seed)}
+    samples = [
+        replace(sample, split="test" if sample.path in held else "train")
+        for sample in index.samples
+    ]
+    return replace(index, samples=tuple(samples))
+
+
 def leave_out(index: Index, subset: str, fraction: float = 0.2, seed: int = 0) -> Index:
     """Train without one subset, and test on it against the normals.
 
     The normals are the samples without a subset. A ``fraction`` of them, chosen by ``seed`` and
-    the normals alone and therefore the same for every subset, is tested with the subset; where the
-    index names splits, these are the normals of its ``test``. What remains is for training, unless
-    it shares a group with a tested sample, or is marked ``test`` itself.
+    the normals alone and therefore the same for every subset, is tested with the subset. Where the
+    index names splits, the normals of its ``test`` are, and of the subset those marked ``test``, if
+    there are any. What remains is for training, unless it is of the subset, shares a group with a
+    tested sample, or is marked ``test`` itself.
 
     Returns:
         An index whose samples have the splits ``train`` (or the index's own ``val``) and ``test``.
@@ -394,13 +415,15 @@ def leave_out(index: Index, subset: str, fraction: float = 0.2, seed: int = 0) -
             f"{index.source}: no samples without a subset to test {subset!r} against; leave the "
             "subset of normals empty, and mark some as test where splits are named"
         )
-    tested = {sample.path for sample in index.samples if sample.subset == subset}
-    tested |= {sample.path for sample in held}
+    left_out = [sample for sample in index.samples if sample.subset == subset]
+    marked = [sample for sample in left_out if sample.split == "test"]
+    tested = {sample.path for sample in (*held, *(marked or left_out))}
     groups = {sample.group for sample in index.samples if sample.path in tested} - {""}
     samples = [
         replace(sample, split="test" if sample.path in tested else sample.split or "train")
         for sample in index.samples
-        if sample.path in tested or (sample.split != "test" and sample.group not in groups)
+        if sample.path in tested
+        or (sample.subset != subset and sample.split != "test" and sample.group not in groups)
     ]
     return replace(index, samples=tuple(samples))
 

@@ -42,6 +42,7 @@ from diffsal.data import (
     Item,
     Pixels,
     Sample,
+    Split,
     decode,
     with_validation,
 )
@@ -71,10 +72,14 @@ __all__ = [
     "TrainingConfig",
     "TrainingState",
     "auroc",
+    "check_split",
     "fit",
     "is_best",
+    "new_model",
     "predict",
+    "read_toml",
     "train",
+    "training_set",
 ]
 
 BEST = "best.pt"
@@ -212,15 +217,9 @@ class TrainingConfig:
         """Read a TOML file whose keys are the attributes; ``overrides`` win.
 
         Raises:
-            DiffsalError: the file cannot be read; see :meth:`from_dict`.
+            DiffsalError: see :func:`read_toml` and :meth:`from_dict`.
         """
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DiffsalError(f"{path}: {error.strerror}; check the path") from error
-        except ValueError as error:
-            raise DiffsalError(f"{path}: is no TOML ({error}); correct it") from error
-        return cls.from_dict({**values, **overrides}, str(path))
+        return cls.from_dict({**read_toml(path), **overrides}, str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` undoes it."""
@@ -255,6 +254,21 @@ class TrainingConfig:
         """Of the training samples, for :class:`diffsal.data.ImageDataset`."""
         chosen = [AUGMENTATIONS[name]() for name in self.augment]
         return v2.Compose(chosen) if chosen else None
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        DiffsalError: it cannot be read.
+    """
+    try:
+        content: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DiffsalError(f"{path}: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise DiffsalError(f"{path}: is no TOML ({error}); correct it") from error
+    return content
 
 
 _RANGES: dict[str, tuple[float, float]] = {
@@ -376,6 +390,8 @@ def fit(
     """
     rank, world = _process()
     device, amp_type = _device(model), _AMP_TYPES[config.amp]
+    layout = _memory_format(device, config)
+    model.to(memory_format=layout)
     network = model if world == 1 else DistributedDataParallel(model, _device_ids(device))
     layer = target_layer or find_target_layer(model)
     state = state or TrainingState(model, config)
@@ -395,7 +411,8 @@ def fit(
         with capture(network, layer) as captured:
             for share, (images, labels, human_maps, _) in zip(sampler.shares, bar, strict=True):
                 with torch.autocast(device.type, amp_type, enabled=amp_type is not None):
-                    logits = output_logits(network(images.to(device, non_blocking=True)))
+                    images = images.to(device, non_blocking=True, memory_format=layout)
+                    logits = output_logits(network(images))
                 maps = captured.maps(logits, true=labels)
                 terms = criterion.terms(maps, human_maps.to(device, non_blocking=True))
                 loss = criterion.weighted_sum(terms)
@@ -582,6 +599,12 @@ def _bar(batches: DataLoader[Item], title: str, progress: bool) -> Iterator[Any]
         raise DiffsalError(str(error).strip().rpartition("DiffsalError: ")[2]) from error
 
 
+def _memory_format(device: torch.device, config: TrainingConfig) -> torch.memory_format:
+    """In half precision, convolutions on the GPU take channels last, or turn each tensor round."""
+    is_fast = device.type == "cuda" and config.amp != "none"
+    return torch.channels_last if is_fast else torch.preserve_format
+
+
 def _freeze_batchnorm(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -652,18 +675,20 @@ def train(
     """
     out, device = Path(out), choose_device(config.device)
     index = with_validation(index, config.validation, config.seed)
-    _check_splits(index, config)
+    for split in ("train", "val"):
+        check_split(index, split, config.method)
     with _process_group(device) as is_first:
         checkpoint = _read_run(out / LAST, resume, _identity(index, config))
-        torch.manual_seed(config.seed)
         if checkpoint is None:
-            model, description = _new_model(index, config)
+            model, description = new_model(index, config)
         else:
             model, description = _saved_model(out / LAST, config)
         state = TrainingState(model.to(device), config)
         if checkpoint is not None:
             state.load_state_dict(checkpoint["training"])
-        training, validation = _datasets(index, config, description["preprocessing"], read)
+        training = training_set(index, config, description["preprocessing"], read)
+        unseen = [replace(sample, map=None) for sample in index.split("val")]
+        validation = ImageDataset(unseen, training.preprocessing, read=read)
         _check_outputs(model, validation, index, config)
         records = fit(
             model,
@@ -690,70 +715,18 @@ def train(
     return out / BEST
 
 
-@contextmanager
-def _process_group(device: torch.device) -> Iterator[bool]:
-    """Join the processes that torchrun started, if it did; yields whether this is the first."""
-    rank, world = process_rank()
-    if world == 1 or dist.is_initialized():  # by the caller, who also ends it
-        yield rank == 0
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield rank == 0
-    finally:
-        dist.destroy_process_group()
+def new_model(index: Index, config: TrainingConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """The model to begin with, on the CPU; what is random in it follows from ``config.seed``.
 
+    Returns:
+        The model, and what :func:`diffsal.models.save_checkpoint` takes beside it:
+        ``architecture``, ``arguments``, ``classes``, ``preprocessing``, ``target_layer``.
 
-def _check_splits(index: Index, config: TrainingConfig) -> None:
-    for split in ("train", "val"):
-        labels = {sample.label for sample in index.split(split)}
-        for label, name in enumerate(index.classes):
-            if label not in labels:
-                raise DiffsalError(
-                    f"{index.source}: no sample of class {name!r} is in the split {split}, which "
-                    "leaves AUROC undefined; name other splits, or choose another seed or fraction"
-                )
-    learns_from_maps = config.method != "cross-entropy"
-    if learns_from_maps and not any(sample.map for sample in index.split("train")):
-        raise DiffsalError(
-            f"{index.source}: no training sample has a human map, which the method "
-            f"{config.method} learns from; add maps, or train with cross-entropy"
-        )
-
-
-def _check_outputs(
-    model: nn.Module, dataset: ImageDataset, index: Index, config: TrainingConfig
-) -> None:
-    first = ImageDataset(dataset.samples[:1], dataset.preprocessing, read=dataset.read)
-    count = class_count(predict(model, first, replace(config, workers=0)))
-    if count != len(index.classes):
-        raise DiffsalError(
-            f"the model tells {count} classes apart, {index.source} has {len(index.classes)}; set "
-            "num_classes among the architecture's arguments"
-        )
-
-
-def _datasets(
-    index: Index,
-    config: TrainingConfig,
-    preprocessing: Preprocessing,
-    read: Callable[[Sample, Preprocessing], Pixels],
-) -> tuple[ImageDataset, ImageDataset]:
-    """Training and validation samples, with the human maps that are used and no others."""
-    training, validation = index.split("train"), index.split("val")
-    if config.method == "cross-entropy":
-        training = tuple(replace(sample, map=None) for sample in training)
-    validation = tuple(replace(sample, map=None) for sample in validation)
-    return (
-        ImageDataset(training, preprocessing, config.augmentation(), read),
-        ImageDataset(validation, preprocessing, None, read),
-    )
-
-
-def _new_model(index: Index, config: TrainingConfig) -> tuple[nn.Module, dict[str, Any]]:
-    """The model to begin with, and what its checkpoints say of it beside its weights."""
+    Raises:
+        DiffsalError: weights for other classes than the index's; see
+            :func:`diffsal.models.build_model` and :func:`diffsal.models.load_model`.
+    """
+    torch.manual_seed(config.seed)
     architecture, base = config.architecture or _DEFAULT_ARCHITECTURE, None
     arguments = {**_with_classes(architecture, {}, index), **config.arguments}
     if config.weights == "none":
@@ -774,6 +747,68 @@ def _new_model(index: Index, config: TrainingConfig) -> tuple[nn.Module, dict[st
         "preprocessing": config.preprocessing(base),
         "target_layer": config.target_layer or find_target_layer(model).name,
     }
+
+
+def training_set(
+    index: Index,
+    config: TrainingConfig,
+    preprocessing: Preprocessing,
+    read: Callable[[Sample, Preprocessing], Pixels] = decode,
+) -> ImageDataset:
+    """The samples of the split ``train``, with human maps where the method learns from them."""
+    samples = index.split("train")
+    if config.method == "cross-entropy":
+        samples = tuple(replace(sample, map=None) for sample in samples)
+    return ImageDataset(samples, preprocessing, config.augmentation(), read)
+
+
+def check_split(index: Index, split: Split, method: str) -> None:
+    """See that a split has each class, and human maps if it is what such a method learns from.
+
+    Raises:
+        DiffsalError: it has not.
+    """
+    labels = {sample.label for sample in index.split(split)}
+    for label, name in enumerate(index.classes):
+        if label not in labels:
+            raise DiffsalError(
+                f"{index.source}: no sample of class {name!r} is in the split {split}, which "
+                "leaves AUROC undefined; name other splits, or choose another seed or fraction"
+            )
+    has_maps = any(sample.map for sample in index.split(split))
+    if split == "train" and method != "cross-entropy" and not has_maps:
+        raise DiffsalError(
+            f"{index.source}: no training sample has a human map, which the method {method} "
+            "learns from; add maps, or train with cross-entropy"
+        )
+
+
+@contextmanager
+def _process_group(device: torch.device) -> Iterator[bool]:
+    """Join the processes that torchrun started, if it did; yields whether this is the first."""
+    rank, world = process_rank()
+    if world == 1 or dist.is_initialized():  # by the caller, who also ends it
+        yield rank == 0
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield rank == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_outputs(
+    model: nn.Module, dataset: ImageDataset, index: Index, config: TrainingConfig
+) -> None:
+    first = ImageDataset(dataset.samples[:1], dataset.preprocessing, read=dataset.read)
+    count = class_count(predict(model, first, replace(config, workers=0)))
+    if count != len(index.classes):
+        raise DiffsalError(
+            f"the model tells {count} classes apart, {index.source} has {len(index.classes)}; set "
+            "num_classes among the architecture's arguments"
+        )
 
 
 def _with_classes(architecture: str, arguments: Mapping[str, Any], index: Index) -> dict[str, Any]:
@@ -798,14 +833,21 @@ def _saved_model(path: Path, config: TrainingConfig) -> tuple[nn.Module, dict[st
 
 
 def _copy_weights(source: nn.Module, model: nn.Module) -> None:
-    """Copy what has the same shape: all, or all but the last layer."""
-    own = model.state_dict()
+    """Copy what has the same shape: all, or all but the last layer.
+
+    A layer that stays fresh is drawn as torch does. Some architectures draw their last one for
+    thousands of classes; with two, its first steps would undo what the others have learned.
+    """
+    own, given = model.state_dict(), source.state_dict()
     fitting = {
         name: value
-        for name, value in source.state_dict().items()
+        for name, value in given.items()
         if name in own and value.shape == own[name].shape
     }
     model.load_state_dict(fitting, strict=False)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in fitting:
+            module.reset_parameters()
 
 
 def _identity(index: Index, config: TrainingConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Indexes, splits and the data set, on files written by the tests."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from diffsal.data import (
     hold_out,
     leave_out,
     read_index,
+    with_test,
     with_validation,
 )
 from diffsal.errors import DiffsalError
@@ -280,11 +282,28 @@ def test_leaving_out_follows_the_splits_of_the_index() -> None:
     )
     index = leave_out(Index(Path("i.csv"), ("n", "d"), samples), "a")
     names = {split: [s.path.name for s in index.split(split)] for split in ("train", "val", "test")}
-    assert names == {"train": ["n1", "b1"], "val": ["n3"], "test": ["n2", "a1", "a2"]}
+    assert names == {"train": ["n1", "b1"], "val": ["n3"], "test": ["n2", "a2"]}
+    unmarked = tuple(one for one in samples if one.path.name != "a2")
+    index = leave_out(Index(Path("i.csv"), ("n", "d"), unmarked), "a")
+    assert [s.path.name for s in index.split("test")] == ["n2", "a1"]
     with pytest.raises(DiffsalError, match=r"no subset 'c'; there are: a, b"):
         leave_out(index, "c")
     with pytest.raises(DiffsalError, match="no samples without a subset"):
         leave_out(Index(Path("i.csv"), ("n", "d"), samples[3:]), "a")
+
+
+def test_a_test_split_is_held_out_unless_the_index_names_one() -> None:
+    samples = tuple(grouped_samples())
+    index = with_test(Index(Path("i.csv"), ("n", "d"), samples), 0.3, seed=1)
+    tested, trained = index.split("test"), index.split("train")
+    assert len(tested) + len(trained) == len(samples)
+    assert len(tested) == pytest.approx(0.3 * len(samples), abs=15)
+    assert {s.label for s in tested} == {0, 1}
+    assert not {s.group for s in tested} & {s.group for s in trained}
+    assert with_test(index) == index
+    trained_only = replace(index, samples=trained)
+    with pytest.raises(DiffsalError, match=r"i\.csv: no sample has the split test"):
+        with_test(trained_only)
 
 
 # ---------------------------------------------------------------------------------------- dataset

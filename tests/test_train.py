@@ -30,6 +30,7 @@ from diffsal.train import (
     auroc,
     fit,
     is_best,
+    new_model,
     predict,
     train,
 )
@@ -463,6 +464,19 @@ def test_resuming_a_finished_run_changes_nothing(
         train(index, tmp_path, replace(config, lr=0.1), resume=True)
     with refused("its run has samples"):
         train(replace(index, samples=index.samples[:-1]), tmp_path, config, resume=True)
+
+
+def test_a_fresh_last_layer_begins_small_whatever_the_architecture(
+    index: Index, tmp_path: Path
+) -> None:
+    """This one draws two rows as wide as 0.7, whose logits would be about 10."""
+    name, file = "timm:tf_efficientnet_lite0", tmp_path / "7.pt"
+    arguments = {"num_classes": 7}
+    save_checkpoint(file, build_model(name, arguments), architecture=name, arguments=arguments)
+    config = replace(TINY, architecture=None, arguments={}, weights=str(file))
+    model, _ = new_model(index, config)
+    assert model.classifier.weight.shape == (2, 1280)
+    assert model.classifier.weight.abs().max() <= 1280**-0.5
 
 
 def test_weights_of_a_file_are_kept_but_for_another_last_layer(
