@@ -35,6 +35,7 @@ from diffsal.faithfulness import (
     frame_mass,
     insertion_deletion,
     intersection_over_union,
+    marked_share,
     occlusion_drops,
     occlusion_faithfulness,
     pointing_game,
@@ -304,7 +305,7 @@ def _measures(
         "common_mode_share": maps.common_mode_share,
         "true_difference": rank_correlation(maps.true, maps.difference),
         "true_false": rank_correlation(maps.true, maps.false),
-        "marked": _marked_share(human),
+        "marked": marked_share(human),
     }
     for kind in MAPS:
         map_ = getattr(maps, kind)
@@ -373,13 +374,6 @@ def _bias_difference(model: nn.Module, maps: SalienceMaps) -> Tensor:
     if outputs == 1:
         return torch.where(maps.true_class == 1, bias, -bias)
     return bias[maps.true_class] - bias[maps.false_class]
-
-
-def _marked_share(human: Tensor) -> Tensor:
-    """(B,): the share of the image that people marked; NaN where nothing is."""
-    human = human.flatten(1)
-    marked = (human > 0) & (human >= human.amax(1, keepdim=True) / 2)
-    return marked.double().mean(1).where(marked.any(1), torch.nan)
 
 
 def _occlusion_grid(cells: Sequence[int]) -> list[int]:

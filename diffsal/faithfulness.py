@@ -48,6 +48,7 @@ __all__ = [
     "insertion_deletion",
     "intersection_over_union",
     "interval",
+    "marked_share",
     "occlusion_drops",
     "occlusion_faithfulness",
     "pointing_game",
@@ -368,6 +369,16 @@ def intersection_over_union(maps: Maps, human: Maps, threshold: float = 0.5) -> 
     return ((above & marked).sum(1) / (above | marked).sum(1)).where(known, torch.nan)
 
 
+def marked_share(human: Maps) -> Tensor:
+    """(B,) in (0, 1]: the share of each image that is marked, see :func:`pointing_game`.
+
+    It is what :func:`energy_inside` and :func:`pointing_game` come to by chance; NaN where nothing
+    is marked.
+    """
+    marked = _marked(torch.as_tensor(human).flatten(1))
+    return marked.double().mean(1).where(marked.any(1), torch.nan)
+
+
 def frame_mass(maps: Maps, width: int) -> Tensor:
     """Share of the normalised map in a frame along the edges, where passive fooling puts it.
 
@@ -607,8 +618,13 @@ def _compare(maps: Maps, human: Maps) -> tuple[Tensor, Tensor, Tensor]:
     if maps.shape != human.shape:
         maps = resize(maps, human.shape[1:])
     values, human = normalize(maps).flatten(1), human.flatten(1)
-    marked = (human > 0) & (human >= human.amax(1, keepdim=True) / 2)
+    marked = _marked(human)
     return values, marked, (values.amax(1) > 0) & marked.any(1)
+
+
+def _marked(human: Tensor) -> Tensor:
+    """(B, N) bool, from (B, N): where a human map reaches half of its own maximum."""
+    return (human > 0) & (human >= human.amax(1, keepdim=True) / 2)
 
 
 @torch.no_grad()

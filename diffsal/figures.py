@@ -26,7 +26,7 @@ from PIL import Image
 
 from diffsal.files import replacing
 
-__all__ = ["Explanation", "save_figure", "save_overlays"]
+__all__ = ["Explanation", "overlay", "save_figure", "save_overlays"]
 
 Pixels = NDArray[np.uint8]
 Map = NDArray[np.float32]
@@ -145,14 +145,22 @@ class _Layer:
         return np.repeat(colours[None], 10, axis=0)
 
 
+def overlay(image: Pixels, values: Map) -> Pixels:
+    """Colour an image (H, W, 3) by a raw map of any size, on the map's own scale."""
+    return _own_layer(values).over(image)
+
+
+def _own_layer(values: Map) -> _Layer:
+    # Unlike min and max these pass NaN by, unless there is nothing else.
+    low, high = (float(end.reduce(values, axis=None)) for end in (np.fmin, np.fmax))
+    return _Layer(values, low, high, _OWN)
+
+
 def _layers(explanation: Explanation) -> dict[str, _Layer]:
-    layers = {}
-    for name in ("true", "false", "difference"):
-        values = getattr(explanation, name)
-        # Unlike min and max these pass NaN by, unless there is nothing else.
-        low, high = (float(end.reduce(values, axis=None)) for end in (np.fmin, np.fmax))
-        layers[name] = _Layer(values, low, high, _OWN)
-    limit = max(abs(low), abs(high))
+    layers = {
+        name: _own_layer(getattr(explanation, name)) for name in ("true", "false", "difference")
+    }
+    limit = max(abs(layers["difference"].low), abs(layers["difference"].high))
     limit = limit if limit > 0 else 1.0  # of zeros, or of nothing but NaN
     layers["evidence"] = _Layer(explanation.difference, -limit, limit, _SIGNED)
     return layers

@@ -55,10 +55,13 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON; NaN and infinities must have been replaced by None."""
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write ``value`` as JSON, on one line for an ``indent`` of ``None``.
+
+    NaN and infinities must have been replaced by None.
+    """
     with replacing(path) as scratch:
         scratch.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+            json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n",
             encoding="utf-8",
         )

@@ -21,7 +21,7 @@ from PIL import Image
 
 from diffsal.images import read_image
 
-__all__ = ["picture", "render_report", "written"]
+__all__ = ["data_uri", "picture", "render_report", "written"]
 
 Columns: TypeAlias = Mapping[str, NDArray[np.float64]]
 Line: TypeAlias = tuple[str, Sequence[float], Sequence[float]]
@@ -76,7 +76,12 @@ def render_report(
 
 def picture(path: Path) -> str:
     """An image file as a data URI, no larger than a report needs."""
-    image = Image.fromarray(read_image(path))
+    return data_uri(read_image(path))
+
+
+def data_uri(pixels: NDArray[np.uint8]) -> str:
+    """An image (H, W, 3) as a data URI, no larger than a report needs."""
+    image = Image.fromarray(pixels)
     image.thumbnail((_LARGEST, _LARGEST))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)

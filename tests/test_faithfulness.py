@@ -23,6 +23,7 @@ from diffsal.faithfulness import (
     insertion_deletion,
     intersection_over_union,
     interval,
+    marked_share,
     occlusion_drops,
     occlusion_faithfulness,
     pointing_game,
@@ -459,6 +460,20 @@ def test_localisation_equals_numpy_and_scikit_learn():
         assert float(found[1][index]) == pytest.approx(scaled[inside].sum() / scaled.sum())
         expected = jaccard_score(inside.ravel(), scaled.ravel() >= 0.6)
         assert float(overlap[index]) == pytest.approx(expected)
+
+
+def test_marked_share_is_what_a_map_scores_that_knows_nothing():
+    human = masks()
+    human[1] *= 0.2
+    human[3] = 0
+    share = marked_share(human)
+    assert share[:3].tolist() == pytest.approx(
+        [float((one > 0).double().mean()) for one in human[:3]]
+    )
+    assert share[3].isnan()
+    everywhere = random_maps(2000, 12, 12)
+    hits = pointing_game(everywhere, human[:1].expand(2000, -1, -1)).mean()
+    assert float(hits) == pytest.approx(float(share[0]), abs=0.04)
 
 
 def test_localisation_equals_quantus():
