@@ -466,6 +466,116 @@ def audit(
         raise SystemExit(SOME_FAILED)
 
 
+def _shard(
+    _ctx: click.Context, _parameter: click.Parameter, text: str | None
+) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"{text!r} is not I/N, as 1/4")
+    return int(parts[0]), int(parts[1])
+
+
+@main.group()
+def protocol() -> None:
+    """Compare training methods over tasks, held-out subsets and seeds, as the paper does."""
+
+
+@protocol.command("run")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the results.",
+)
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Jobs done at once."
+)
+@click.option(
+    "--shard",
+    callback=_shard,
+    metavar="I/N",
+    help="Do every N-th job, from the I-th on; by itself under torchrun.",
+)
+@_device
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Processes that prepare the images of each job.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what became of each job as JSON.")
+@_debug
+def run_protocol(config: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Train and test what a TOML file says, or what is still missing of it.
+
+    CONFIG is described in docs/protocol.md; examples are in examples/protocol. Each job leaves one
+    file in the folder, so a run that was interrupted goes on when it is started again, and several
+    machines can share a folder.
+    """
+    from diffsal.protocol import read_protocol, run
+
+    outcome = run(read_protocol(config), out, **options)
+    if as_json:
+        found = {
+            "done": list(map(str, outcome.done)),
+            "there": list(map(str, outcome.there)),
+            "failed": {str(job): error for job, error in outcome.failed},
+        }
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        click.echo(
+            f"{out}: {len(outcome.done)} jobs done, {len(outcome.there)} there before, "
+            f"{len(outcome.failed)} failed"
+        )
+    for job, error in outcome.failed:
+        click.echo(f"Error: {job}: {error}", err=True)
+    if outcome.failed:
+        raise SystemExit(SOME_FAILED if outcome.done or outcome.there else 1)
+
+
+@protocol.command("table")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "markdown", "latex", "csv", "json"]),
+    default="text",
+    show_default=True,
+)
+@click.option(
+    "--score",
+    type=click.Choice(["margin", "softmax", "logit-1"]),
+    default="margin",
+    show_default=True,
+    help="What samples are ranked by; logit-1 is the CYBORG script's.",
+)
+@click.option(
+    "--baseline", metavar="METHOD", help="What other methods are compared to.  [default: baseline]"
+)
+@_debug
+def table_protocol(folder: Path, form: Any, score: Any, baseline: str | None) -> None:
+    """Print the tables of a protocol's results, finished or not, and draw its plots.
+
+    FOLDER is what `protocol run` wrote to; plots go to its folder plots.
+    """
+    from diffsal.protocol import draw, read_results
+    from diffsal.tables import make_tables, written
+
+    results = read_results(folder)
+    click.echo(written(make_tables(results.protocol, results.jobs, score, baseline), form))
+    if results.missing:
+        click.echo(
+            f"Note: {results.missing} jobs are missing; numbers are of those that are there",
+            err=True,
+        )
+    for path in draw(results, folder, score):
+        click.echo(path, err=True)
+
+
 @main.command()
 @click.argument("index", type=click.Path(path_type=Path))
 @_model_options
