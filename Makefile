@@ -21,6 +21,7 @@ types: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/explain.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/protocol.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
