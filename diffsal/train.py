@@ -121,7 +121,8 @@ class TrainingConfig:
         arguments: of the architecture's constructor. torchvision's and timm's need no
             ``num_classes``; 1 makes a model of one logit.
         weights: ``none``; a name of published ones, which is upper case, as ``DEFAULT``; or else a
-            file, whose last layer is used where it tells as many classes apart.
+            file, whose last layer is used where it tells as many classes apart, and is drawn anew,
+            as torch does, where not.
         target_layer: dotted name; ``None``: it is found.
         size: height and width of the input, in pixels.
         resize: ``squash`` or ``crop``, see :class:`diffsal.images.Preprocessing`.
