@@ -170,6 +170,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of a process, on the CPU")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.epochs < 2:
+        parser.error("--epochs: at least 2, since the first one is not counted")
     found = measure(options)
     print(json.dumps(found) if options.json else table(found))
 

@@ -572,8 +572,11 @@ def table_protocol(folder: Path, form: Any, score: Any, baseline: str | None) ->
             f"Note: {results.missing} jobs are missing; numbers are of those that are there",
             err=True,
         )
-    for path in draw(results, folder, score):
-        click.echo(path, err=True)
+    try:
+        for path in draw(results, folder, score):
+            click.echo(path, err=True)
+    except DiffsalError as error:  # the tables are printed, and may be all that is wanted
+        click.echo(f"Note: no plots: {error}", err=True)
 
 
 @main.command()

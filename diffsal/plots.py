@@ -62,11 +62,13 @@ def save_aurocs(
     if low < 0.5 < high:
         axes.axhline(0.5, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
     axes.set_xlim(-0.5, len(subsets) - 0.5)
-    axes.set_xticks(range(len(subsets)), subsets)
+    axes.set_xticks(range(len(subsets)), subsets, parse_math=False)
     axes.set_ylabel("AUROC")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(len(methods), 3), frameon=False)
+    legend = figure.legend(loc="outside lower center", ncols=min(len(methods), 3), frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     _save(figure, path)
 
 
@@ -90,7 +92,8 @@ def save_fooling(path: Path, title: str, job: Mapping[str, Any]) -> None:
         axes = part.subplots(len(models), columns, squeeze=False)
         position = job["pictured"][number]
         label = job["classes"][job["samples"]["label"][position]]
-        part.suptitle(f"{label} ({Path(job['samples']['path'][position]).name})", fontsize=10)
+        name = Path(job["samples"]["path"][position]).name
+        part.suptitle(f"{label} ({name})", fontsize=10, parse_math=False)
         for row, (name, model) in zip(axes, models.items(), strict=True):
             row[0].imshow(picture)
             row[0].set_ylabel(name if number == 0 else "", fontsize=9)
@@ -101,7 +104,7 @@ def save_fooling(path: Path, title: str, job: Mapping[str, Any]) -> None:
                 axis.spines[:].set_visible(False)
         for axis, heading in zip(axes[0], ("input", *_MAPS), strict=True):
             axis.set_title(heading, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     figure.supxlabel("red: highest of the map, blue: lowest; each on its own scale", fontsize=9)
     _save(figure, path)
 

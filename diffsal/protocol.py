@@ -11,6 +11,7 @@ model with cross-entropy, attacks it (:data:`ATTACKS`), and measures the four mo
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -53,7 +55,7 @@ from diffsal.models import load_model, save_checkpoint
 from diffsal.plots import save_aurocs, save_fooling
 from diffsal.report import data_uri
 from diffsal.salience import SalienceMaps, explain
-from diffsal.tables import FOOLING, Score, aurocs
+from diffsal.tables import FOOLING, RESERVED, Score, aurocs
 from diffsal.target_layers import TargetLayer, get_target_layer
 from diffsal.train import TrainingConfig, check_split, fit, new_model, read_toml, training_set
 
@@ -97,6 +99,11 @@ _METHOD_KEYS = ("method", "alpha", "beta", "gamma", "pool")
 # validation set, which no job has.
 _NOT_IN_TRAINING = ("method", "alpha", "beta", "gamma", "seed", "validation", "select")
 _OF_THE_MACHINE = ("device", "workers", "tensorboard")
+_OF_THE_MODEL = (
+    *("architecture", "arguments", "weights", "target_layer", "size", "resize", "mean", "std"),
+    *("augment", "pool"),
+)
+_LONGEST = 200  # characters of a file's name; most file systems take 255 bytes
 _OCCLUDED = 40  # images; each costs a forward pass for every cell of its map
 
 
@@ -176,19 +183,8 @@ class Protocol:
 
     def jobs(self) -> list[Job]:
         """All of the grid, seed by seed, so that early results span it."""
-        return [
-            job
-            for seed in self.seeds
-            for task in self.tasks
-            for job in (
-                *(Job(task.name, FOOLING, "", seed) for _ in range(self.fooling is not None)),
-                *(
-                    Job(task.name, name, one, seed)
-                    for one in task.subsets()
-                    for name in self.methods
-                ),
-            )
-        ]
+        subsets = {task.name: task.subsets() for task in self.tasks}
+        return _jobs(self.seeds, subsets, list(self.methods), self.fooling is not None)
 
     def task(self, name: str) -> Task:
         """The task of a job."""
@@ -200,7 +196,11 @@ class Protocol:
         return replace(self.task(job.task).training, seed=job.seed, **own)
 
     def to_dict(self) -> dict[str, Any]:
-        """All that results depend on, as plain JSON types, without paths of this machine."""
+        """What results depend on, as plain JSON types, without paths of this machine.
+
+        The samples are there by name, label, map, subset, group and split, weights by their bytes;
+        what the image files hold is taken to stay as it is.
+        """
         return {
             "seeds": list(self.seeds),
             "methods": {name: dict(own) for name, own in self.methods.items()},
@@ -222,6 +222,20 @@ class Protocol:
     def hash(self) -> str:
         """SHA-256 of :meth:`to_dict`, hexadecimal."""
         return _sha256(json.dumps(self.to_dict(), sort_keys=True).encode())
+
+
+def _jobs(
+    seeds: Sequence[int],
+    subsets: Mapping[str, Sequence[str]],
+    methods: Sequence[str],
+    with_fooling: bool,
+) -> list[Job]:
+    jobs = []
+    for seed, (task, names) in itertools.product(seeds, subsets.items()):
+        if with_fooling:
+            jobs.append(Job(task, FOOLING, "", seed))
+        jobs += [Job(task, method, subset, seed) for subset in names for method in methods]
+    return jobs
 
 
 def read_protocol(path: str | Path) -> Protocol:
@@ -260,8 +274,9 @@ def read_protocol(path: str | Path) -> Protocol:
         raise DiffsalError(f"{path}: the protocol is for two classes; give another index")
     fooling = None
     if FOOLING in content:
-        given = _training(content[FOOLING], f"{path}, [fooling]")
-        fooling = TrainingConfig.from_dict({**FINE_TUNING.to_dict(), **given}, str(path))
+        where = f"{path}, [fooling]"
+        given = _training(content[FOOLING], where, _OF_THE_MODEL)
+        fooling = TrainingConfig.from_dict({**FINE_TUNING.to_dict(), **given}, where)
     protocol = Protocol(tasks, methods, _seeds(content.get("seeds", 10), path), fooling)
     _check(protocol, path)
     return protocol
@@ -270,64 +285,110 @@ def read_protocol(path: str | Path) -> Protocol:
 def _check(protocol: Protocol, path: Path) -> None:
     """Before anything is trained, see that every job can be."""
     jobs = protocol.jobs()
-    names = [job.file.name.lower() for job in jobs]  # some file systems know no case
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+    names = Counter(job.file.name.lower() for job in jobs)  # some file systems know no case
+    longest, (twice, times) = max(names, key=len), names.most_common(1)[0]
+    if times > 1:
         raise DiffsalError(f"{path}: two jobs would write {twice}; rename one")
-    seen: set[tuple[str, str]] = set()
-    for job in jobs:
-        protocol.training(job).criterion()
-        if (job.task, job.subset) not in seen:
-            seen.add((job.task, job.subset))
-            index = protocol.task(job.task).split(job.subset)
-            uses_maps = any(name != "cross-entropy" for name in protocol.methods)
-            check_split(index, "train", "baseline" if uses_maps else "cross-entropy")
+    if len(longest) > _LONGEST:
+        raise DiffsalError(f"{path}: {longest} is too long for a file; shorten the names in it")
+    asking = [own["method"] for own in protocol.methods.values()]
+    learnt = next((method for method in asking if method != "cross-entropy"), "cross-entropy")
+    for task in protocol.tasks:
+        for subset in task.subsets():
+            index = task.split(subset)
+            check_split(index, "train", learnt)
             check_split(index, "test", "cross-entropy")
+            _check_test(index, task.leave_out)
+        if protocol.fooling is not None:
+            index = task.split("")
+            check_split(index, "train", "cross-entropy")
+            check_split(index, "test", "cross-entropy")
+            _check_test(index, task.leave_out)
+
+
+def _check_test(index: Index, leave_out: bool) -> None:
+    """See that every number of the tables can be had, and that no group is learnt and tested."""
+    train, test = index.split("train"), index.split("test")
+    shared = sorted({one.group for one in train} & {one.group for one in test} - {""})
+    if shared:
+        raise DiffsalError(
+            f"{index.source}: the group {shared[0]!r} is in train and in test; correct the splits"
+        )
+    normal = {one.label for one in test if not one.subset}
+    for name in sorted({one.subset for one in test} - {""}):
+        if name in RESERVED:
+            raise DiffsalError(
+                f"{index.source}: a subset called {name!r} would look like a column of the tables; "
+                "rename it"
+            )
+        labels = {one.label for one in test if one.subset == name} | normal
+        if not leave_out and len(labels) < 2:
+            raise DiffsalError(
+                f"{index.source}: AUROC is undefined, the tested samples of {name!r} and those "
+                "without a subset are all of one class; leave the subset of normals empty"
+            )
 
 
 def _task(name: str, own: Mapping[str, Any], common: Mapping[str, Any], path: Path) -> Task:
     where = f"{path}, [tasks.{name}]"
     _check_keys(own, _TASK_KEYS, where)
-    if not isinstance(own.get("index"), str):
-        raise DiffsalError(f'{where}: needs index = "FILE or FOLDER"')
+    if not isinstance(own.get("index"), str) or not isinstance(own.get("maps", ""), str):
+        raise DiffsalError(f'{where}: needs index = "FILE or FOLDER", and maps likewise, if any')
+    classes = own.get("classes")
+    if classes is not None and not _is_list_of(classes, str):
+        raise DiffsalError(f'{where}: classes is a list of names, as ["real", "spoof"]')
     is_left_out, fraction = own.get("leave_out", True), own.get("fraction", 0.2)
     if not isinstance(is_left_out, bool) or not isinstance(fraction, float):
         raise DiffsalError(f"{where}: leave_out is true or false, fraction a number as 0.2")
     maps = path.parent / own["maps"] if "maps" in own else None
-    index = read_index(path.parent / own["index"], maps=maps, classes=own.get("classes"))
+    index = read_index(path.parent / own["index"], maps=maps, classes=classes)
     given = {
         **_training(common, f"{path}, [training]"),
         **_training(own.get("training", {}), where),
     }
     weights = given.get("weights", "DEFAULT")
-    if weights != "none" and not weights.isupper():
+    if isinstance(weights, str) and weights != "none" and not weights.isupper():
         given["weights"] = str(path.parent / weights)
         if not Path(given["weights"]).is_file():
             raise DiffsalError(f"{where}: there are no weights {given['weights']}; make them first")
     return Task(name, index, is_left_out, fraction, TrainingConfig.from_dict(given, where))
 
 
-def _training(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    for name in (*_NOT_IN_TRAINING, *_OF_THE_MACHINE):
+def _training(given: Any, where: str, refused: Sequence[str] = ()) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise DiffsalError(f"{where}: is a table of training settings, not {given!r}")
+    for name in (*_NOT_IN_TRAINING, *_OF_THE_MACHINE, *refused):
         if name in given:
             raise DiffsalError(
-                f"{where}: {name} is none of it; the grid or the command line says it"
+                f"{where}: {name} is none of it; methods and seeds are the grid's, devices the "
+                "command line's, the model is the task's, and nothing is validated on"
             )
     return dict(given)
+
+
+def _is_list_of(given: Any, kind: type) -> bool:
+    return isinstance(given, list) and all(type(one) is kind for one in given)
 
 
 def _method(name: str, own: Mapping[str, Any], where: str) -> dict[str, Any]:
     _check_keys(own, _METHOD_KEYS, where)
     if name == FOOLING:
         raise DiffsalError(f"{where}: is what experiment (a) is called; choose another name")
-    if "method" not in own and name not in LOSSES:
+    chosen = {"method": name, **own}
+    if chosen["method"] not in LOSSES:
         raise DiffsalError(f"{where}: needs method, one of {', '.join(LOSSES)}")
-    return {"method": name, **own}
+    if name in LOSSES and chosen["method"] != name:
+        raise DiffsalError(f"{where}: is the name of another loss; choose another name")
+    try:
+        TrainingConfig(**chosen)
+    except DiffsalError as error:
+        raise DiffsalError(f"{where}: {str(error).removeprefix('training: ')}") from error
+    return chosen
 
 
 def _seeds(given: Any, path: Path) -> tuple[int, ...]:
     seeds = list(range(given)) if type(given) is int else given
-    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
+    if not _is_list_of(seeds, int) or not seeds:
         raise DiffsalError(f"{path}: seeds is a number of seeds, or a list of them")
     if len(set(seeds)) < len(seeds):
         raise DiffsalError(f"{path}: a seed is there twice")
@@ -346,17 +407,18 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> N
             raise DiffsalError(f"{where}: the key {name!r} is unknown; known: {', '.join(known)}")
 
 
-def _identity(index: Index) -> list[list[Any]]:
+def _relative(index: Index, path: Path) -> str:
+    """A path as it stands in the index, whatever the machine."""
     root = index.source if index.source.is_dir() else index.source.parent
+    return Path(os.path.relpath(path, root)).as_posix()
 
-    def relative(path: Path) -> str:
-        return Path(os.path.relpath(path, root)).as_posix()
 
+def _identity(index: Index) -> list[list[Any]]:
     return [
         [
-            relative(sample.path),
+            _relative(index, sample.path),
             sample.label,
-            sample.map and relative(sample.map),
+            sample.map and _relative(index, sample.map),
             sample.subset,
             sample.group,
             sample.split,
@@ -432,7 +494,7 @@ def run(
     choose_device(device)
     _freeze(protocol, out)
     mine = protocol.jobs()[rank::world]
-    missing = [job for job in mine if not (out / job.file).exists()]
+    missing = [job for job in mine if not (out / job.file).is_file()]
     reads = _decoded(protocol, {job.task for job in missing}, out / _CACHE)
     errors: dict[Job, str | None] = {}
     do = partial(_attempt, protocol, reads, out, device, workers)
@@ -454,10 +516,10 @@ def _freeze(protocol: Protocol, out: Path) -> None:
     if not file.exists():
         write_json(file, {"hash": protocol.hash(), "protocol": frozen})
         return
-    before = _read(file)
-    if before.get("hash") == protocol.hash():
+    before = _read(file, ("hash", "protocol"))
+    if before["hash"] == protocol.hash():
         return
-    old, new = (dict(_leaves(one)) for one in (before.get("protocol", {}), frozen))
+    old, new = (dict(_leaves(one)) for one in (before["protocol"], frozen))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     raise DiffsalError(
         f"{out}: holds results of another protocol, with another {', '.join(names[:3]) or 'hash'}; "
@@ -528,19 +590,24 @@ def _attempt(
 ) -> str | None:
     """Do a job and write its file; the error, if there is one, in a line."""
     started = time.perf_counter()
-    place = choose_device(device)
     config = replace(protocol.training(job), device=device, workers=workers)
     index = protocol.task(job.task).split(job.subset)
     try:
         do = _fool if job.method == FOOLING else _train
         result = do(protocol, job, index, config, reads[job.task])
+        seconds = time.perf_counter() - started
+        record = {**_about(protocol, job, index, device), **result, "seconds": seconds}
+        write_json(out / job.file, record, indent=None)
     except Exception as error:  # the next job may well succeed
-        return f"{'' if isinstance(error, DiffsalError) else type(error).__name__ + ': '}" + (
-            next(iter(str(error).splitlines()), "failed")
-        )
-    samples = index.split("test")
-    root = index.source if index.source.is_dir() else index.source.parent
-    record = {
+        kind = "" if isinstance(error, DiffsalError) else f"{type(error).__name__}: "
+        return kind + next(iter(str(error).splitlines()), "failed")
+    return None
+
+
+def _about(protocol: Protocol, job: Job, index: Index, device: str) -> dict[str, Any]:
+    """What a job's file says beside its results."""
+    samples, place = index.split("test"), choose_device(device)
+    return {
         "hash": protocol.hash(),
         "task": job.task,
         "method": job.method,
@@ -548,18 +615,14 @@ def _attempt(
         "seed": job.seed,
         "classes": list(index.classes),
         "samples": {
-            "path": [Path(os.path.relpath(one.path, root)).as_posix() for one in samples],
+            "path": [_relative(index, one.path) for one in samples],
             "label": [one.label for one in samples],
             "subset": [one.subset for one in samples],
         },
-        **result,
         "trained_on": len(index.split("train")),
-        "seconds": time.perf_counter() - started,
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         "versions": {"diffsal": __version__, "torch": torch.__version__},
     }
-    write_json(out / job.file, record, indent=None)
-    return None
 
 
 def _train(
@@ -734,22 +797,21 @@ def read_results(out: str | Path) -> Results:
     out = Path(out)
     if not (out / CONFIGURATION).is_file():
         raise DiffsalError(f"{out}: no {CONFIGURATION} here; run diffsal protocol run first")
-    frozen = _read(out / CONFIGURATION)
+    frozen = _read(out / CONFIGURATION, ("hash", "protocol"))
     protocol = frozen["protocol"]
+    subsets = {name: task["subsets"] for name, task in protocol["tasks"].items()}
+    with_fooling = protocol[FOOLING] is not None
+    planned = _jobs(protocol["seeds"], subsets, list(protocol["methods"]), with_fooling)
     results = []
-    for file in sorted((out / _JOBS).glob("*.json")):
-        job = _read(file)
-        if job.get("hash") != frozen["hash"]:
-            raise DiffsalError(f"{file}: is of another protocol; remove it and run again")
-        results.append(job)
+    for job in planned:
+        file = out / job.file
+        if file.is_file():
+            results.append(_read(file, ("hash", "task", "method", "subset", "seed", "models")))
+            if results[-1]["hash"] != frozen["hash"]:
+                raise DiffsalError(f"{file}: is of another protocol; remove it and run again")
     if not results:
         raise DiffsalError(f"{out}: no job is done yet; run diffsal protocol run")
-    planned = sum(
-        len(protocol["methods"]) * len(task["subsets"]) + (protocol[FOOLING] is not None)
-        for task in protocol["tasks"].values()
-    )
-    missing = planned * len(protocol["seeds"]) - len(results)
-    return Results(protocol, frozen["hash"], tuple(results), missing)
+    return Results(protocol, frozen["hash"], tuple(results), len(planned) - len(results))
 
 
 def draw(results: Results, out: str | Path, score: Score = "margin") -> list[Path]:
@@ -778,11 +840,11 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, keys: Sequence[str]) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DiffsalError(f"{file}: cannot be read ({error}); remove it and run again") from error
-    if not isinstance(content, dict):
-        raise DiffsalError(f"{file}: is no result; remove it and run again")
+    if not isinstance(content, dict) or not {*keys} <= {*content}:
+        raise DiffsalError(f"{file}: is damaged; remove it and run again")
     return content

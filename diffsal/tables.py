@@ -14,6 +14,7 @@ kinds of spread are told apart, and named in every table:
 
 import csv
 import io
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from diffsal.errors import DiffsalError
 __all__ = [
     "FOOLING",
     "FORMATS",
+    "RESERVED",
     "Cell",
     "Estimate",
     "Score",
@@ -57,8 +59,10 @@ FOOLING = "fooling"
 """Stands where the method's name does in a job of experiment (a)."""
 
 IN_SET = "in set"
-MEAN = "mean"
-_P, _P_HOLM = "p", "p (Holm)"
+MEAN, _P, _P_HOLM = "mean", "p", "p (Holm)"
+RESERVED = (MEAN, _P, _P_HOLM)
+"""Columns beside those of the subsets, after which no subset can be called."""
+
 _MAP_MEASURES = {
     "pointing_true": "pointing game, true",
     "pointing_difference": "pointing game, difference",
@@ -104,7 +108,7 @@ class Table:
 
     Attributes:
         name: what it holds: ``overall``, ``subsets``, ``differences``, ``maps``,
-            ``map-differences``, ``fooling`` or ``seeds``.
+            ``map-differences``, ``fooling``, ``fooling-differences`` or ``seeds``.
         task: whose; ``""``: of all.
         title: for people.
         note: what the numbers and their spreads are.
@@ -277,20 +281,25 @@ def make_tables(
     for task in protocol["tasks"]:
         of_task = [job for job in jobs if job["task"] == task]
         by_method = areas.get(task, {})
+        subsets = _subsets(protocol, task, by_method)
         if by_method:
-            tables.append(_subsets_table(task, by_method, methods, score))
-            tables.append(_differences_table(task, by_method, methods, baseline))
-            tables += _maps_tables(task, of_task, methods, baseline)
+            tables.append(_subsets_table(task, by_method, methods, subsets, score))
+            tables.append(_differences_table(task, by_method, methods, subsets, baseline))
+            tables += _maps_tables(task, of_task, methods, subsets, baseline)
         fooled = [job for job in of_task if job["method"] == FOOLING]
         if fooled:
-            tables.append(_fooling_table(task, fooled))
+            tables += _fooling_tables(task, fooled)
         if by_method:
-            tables.append(_seeds_table(task, by_method, methods, protocol["seeds"]))
+            tables.append(_seeds_table(task, by_method, methods, subsets, protocol["seeds"]))
     return tables
 
 
-def _subsets_of(by_method: Mapping[str, Mapping[str, BySeed]]) -> list[str]:
-    return sorted({subset for by_subset in by_method.values() for subset in by_subset})
+def _subsets(
+    protocol: Mapping[str, Any], task: str, by_method: Mapping[str, Mapping[str, BySeed]]
+) -> list[str]:
+    """What is left out in turn, done or not; else what was tested, which every job has in full."""
+    planned = [subset for subset in protocol["tasks"][task]["subsets"] if subset]
+    return planned or sorted({name for by_subset in by_method.values() for name in by_subset})
 
 
 def _overall_table(
@@ -300,7 +309,7 @@ def _overall_table(
     for task in protocol["tasks"]:
         if task not in areas:
             continue
-        subsets = _subsets_of(areas[task])
+        subsets = _subsets(protocol, task, areas[task])
         overall = {name: _overall(areas[task].get(name, {}), subsets) for name in methods}
         over_seeds = tuple(mean_over_seeds(list(overall[name].values())) for name in methods)
         rows.append((f"{task}, ± over seeds", over_seeds))
@@ -330,9 +339,9 @@ def _subsets_table(
     task: str,
     by_method: Mapping[str, Mapping[str, BySeed]],
     methods: Sequence[str],
+    subsets: Sequence[str],
     score: Score,
 ) -> Table:
-    subsets = _subsets_of(by_method)
     rows = []
     for name in methods:
         by_subset = by_method.get(name, {})
@@ -350,9 +359,13 @@ def _subsets_table(
 
 
 def _differences_table(
-    task: str, by_method: Mapping[str, Mapping[str, BySeed]], methods: Sequence[str], baseline: str
+    task: str,
+    by_method: Mapping[str, Mapping[str, BySeed]],
+    methods: Sequence[str],
+    subsets: Sequence[str],
+    baseline: str,
 ) -> Table:
-    subsets, others = _subsets_of(by_method), [name for name in methods if name != baseline]
+    others = [name for name in methods if name != baseline]
     base = by_method.get(baseline, {})
     base_overall = _overall(base, subsets)
     overall = {name: _overall(by_method.get(name, {}), subsets) for name in others}
@@ -378,11 +391,12 @@ def _differences_table(
 
 
 def _maps_tables(
-    task: str, jobs: Sequence[Job], methods: Sequence[str], baseline: str
+    task: str, jobs: Sequence[Job], methods: Sequence[str], subsets: Sequence[str], baseline: str
 ) -> list[Table]:
     columns = tuple(_MAP_MEASURES.values())
     found = {
-        name: [_map_measure(jobs, name, measure) for measure in _MAP_MEASURES] for name in methods
+        name: [_map_measure(jobs, name, measure, subsets) for measure in _MAP_MEASURES]
+        for name in methods
     }
     means = [
         (name, tuple(mean_over_seeds(list(by_seed.values())) for by_seed in found[name]))
@@ -416,39 +430,61 @@ def _maps_tables(
     ]
 
 
-def _map_measure(jobs: Sequence[Job], method: str, measure: str) -> BySeed:
+def _map_measure(jobs: Sequence[Job], method: str, measure: str, subsets: Sequence[str]) -> BySeed:
     """Mean over the samples, then over the subsets, of each seed."""
     by_subset: dict[str, BySeed] = defaultdict(dict)
     for job in jobs:
         if job["method"] == method:
-            mean = _mean_known(job["models"][method][measure])
-            if mean is not None:
-                by_subset[job["subset"]][job["seed"]] = mean
-    return _overall(by_subset, list(by_subset))
+            values = job["models"][method][measure]
+            for subset, chosen in _groups(job):
+                mean = _mean_known(list(itertools.compress(values, chosen)))
+                if mean is not None:
+                    by_subset[subset][job["seed"]] = mean
+    return _overall(by_subset, subsets)
 
 
-def _fooling_table(task: str, jobs: Sequence[Job]) -> Table:
-    models = list(jobs[0]["models"])
-    rows = []
-    for name in models:
-        by_seed = [_fooled(job, name) for job in jobs]
-        cells = []
-        for measure in by_seed[0]:
-            known = [one[measure] for one in by_seed]
-            cells.append(mean_over_seeds([value for value in known if value is not None]))
-        rows.append((name, tuple(cells)))
-    return Table(
-        "fooling",
-        task,
-        f"{task}: honest and fooled models (experiment (a))",
-        "Mean ± sample standard deviation over seeds. → edges: mean squared distance of the "
-        "normalised map to a frame along the edges. Faithfulness: rank correlation of a map with "
-        "the margin's drop when each cell is occluded. Told by share: AUROC, over images, of the "
-        "common-mode share for telling the model from the honest one. Change: largest of any "
-        "tested sample's probability.",
-        ("AUROC", *_FOOLING_MEASURES.values(), "told by share", "change"),
-        tuple(rows),
-    )
+def _fooling_tables(task: str, jobs: Sequence[Job]) -> list[Table]:
+    found: dict[str, dict[str, BySeed]] = {}
+    for name in jobs[0]["models"]:
+        found[name] = defaultdict(dict)
+        for job in jobs:
+            for measure, value in _fooled(job, name).items():
+                if value is not None:
+                    found[name][measure][job["seed"]] = value
+    compared = {"AUROC": "AUROC", **_FOOLING_MEASURES}
+    columns = {**compared, "told": "told by share", "change": "change"}
+    means = [
+        (name, tuple(mean_over_seeds(list(by[measure].values())) for measure in columns))
+        for name, by in found.items()
+    ]
+    differences = [
+        (name, tuple(paired_difference(by[one], found["honest"][one]) for one in compared))
+        for name, by in found.items()
+        if name != "honest"
+    ]
+    return [
+        Table(
+            "fooling",
+            task,
+            f"{task}: honest and fooled models (experiment (a))",
+            "Mean ± sample standard deviation over seeds. → edges: mean squared distance of the "
+            "normalised map to a frame along the edges. Faithfulness: rank correlation of a map "
+            "with the margin's drop when each cell is occluded. Told by share: AUROC, over images, "
+            "of the common-mode share for telling the model from the honest one. Change: largest "
+            "of any tested sample's probability.",
+            tuple(columns.values()),
+            tuple(means),
+        ),
+        Table(
+            "fooling-differences",
+            task,
+            f"{task}: fooled models less the honest one, paired by seed",
+            "Mean and Student's 95 % interval over seeds, on the same test images; not corrected "
+            "for the number of comparisons.",
+            tuple(compared.values()),
+            tuple(differences),
+        ),
+    ]
 
 
 def _fooled(job: Job, name: str) -> dict[str, float | None]:
@@ -474,6 +510,7 @@ def _seeds_table(
     task: str,
     by_method: Mapping[str, Mapping[str, BySeed]],
     methods: Sequence[str],
+    subsets: Sequence[str],
     seeds: Sequence[int],
 ) -> Table:
     rows = [
@@ -482,7 +519,7 @@ def _seeds_table(
             tuple(_number(by_method.get(name, {}).get(subset, {}).get(seed)) for seed in seeds),
         )
         for name in methods
-        for subset in _subsets_of(by_method)
+        for subset in subsets
     ]
     return Table(
         "seeds",
@@ -506,15 +543,14 @@ def written(tables: Sequence[Table], form: Format) -> str:
     return FORMATS[form](tables)
 
 
-def _cell(cell: Cell, signed: bool, minus: str = "-") -> str:
+def _cell(cell: Cell, signed: bool) -> str:
     """A number for people: what it is, then how far it spreads."""
     if cell is None:
         return "-"
 
     def one(value: float) -> str:
-        small = value != 0 and abs(value) < 5e-4 and not signed
-        text = f"{value:.1e}" if small else f"{value:{'+' if signed else ''}.3f}"
-        return text.replace("-", minus)
+        form = ".1e" if 0 < abs(value) < 5e-4 else ".3f"
+        return f"{value:{'+' if signed else ''}{form}}"
 
     if cell.std is not None:
         return f"{one(cell.value)} ± {one(cell.std)}"

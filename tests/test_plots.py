@@ -39,6 +39,12 @@ def test_methods_have_colours_and_higher_areas_are_higher_up(tmp_path):
     assert low[1].min() < high[1].min()
 
 
+def test_names_are_shown_as_they_are(tmp_path):
+    """Between dollars, matplotlib would read mathematics, and refuse what is none."""
+    save_aurocs(tmp_path / "a.png", r"$\nope{$", {r"a $\nope{$": {r"$\nope{$": {0: 0.5, 1: 0.6}}})
+    assert (tmp_path / "a.png").is_file()
+
+
 def test_a_method_without_results_in_a_subset_leaves_a_gap(tmp_path):
     areas = {"one": {"a": {0: 0.6}, "b": {0: 0.7}}, "two": {"b": {0: 0.9}}}
     save_aurocs(tmp_path / "a.png", "title", areas)

@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,7 +160,19 @@ def test_methods_by_their_weights(data):
         ("seeds = 2", "seeds = 0", "a number of seeds, or a list"),
         ("epochs = 1", "epoch = 1", "the key 'epoch' is unknown; near: epochs"),
         ("epochs = 1", 'epochs = "1"', "epochs must be int"),
-        ("epochs = 1", "epochs = 1\nseed = 4", "seed is none of it"),
+        ("epochs = 1", "epochs = 1\nseed = 4", "seed is none of it; methods and seeds are"),
+        (
+            "[tasks.tiles]",
+            "[fooling]\nsize = 32\n[tasks.tiles]",
+            r"\[fooling\]: size is none of it",
+        ),
+        ("[tasks.tiles]", "[fooling]\nlr = -1.0\n[tasks.tiles]", "lr must be"),
+        ("seeds = 2", "seeds = 2\nfooling = true", "is a table of training settings, not True"),
+        ('index = "index.csv"', 'index = "index.csv"\ntraining = 3', "is a table of training"),
+        ('index = "index.csv"', 'index = "index.csv"\nclasses = "normal"', "a list of names"),
+        ('index = "index.csv"', 'index = "index.csv"\nmaps = 5', "needs index"),
+        ('weights = "none"', "weights = 5", "weights must be str"),
+        ("[tasks.tiles]", f"[tasks.{'t' * 200}]", "is too long for a file; shorten the names"),
         ("epochs = 1", 'epochs = 1\nmethod = "contrast"', "method is none of it"),
         ("epochs = 1", 'epochs = 1\nselect = "best-auroc"', "select is none of it"),
         ('"index.csv"', '"nowhere.csv"', "nowhere.csv: No such file"),
@@ -171,6 +184,12 @@ def test_methods_by_their_weights(data):
         ("[methods.contrast]", "[methods.mine]", "needs method, one of cross-entropy"),
         ("[methods.contrast]", "[methods.contrast]\nlr = 1", "the key 'lr' is unknown"),
         ("[methods.contrast]", "[methods.fooling]", "choose another name"),
+        ("[methods.contrast]", "[methods.contrast]\nmethod = 'baseline'", "name of another loss"),
+        (
+            "[methods.contrast]",
+            "[methods.contrast]\nalpha = 'x'",
+            r"methods.contrast\]: alpha must",
+        ),
         (
             "[methods.contrast]",
             "[methods.cross-entropy-2]\nmethod='cross-entropy'\nbeta=1.0",
@@ -201,6 +220,39 @@ def test_maps_are_asked_for_only_where_they_are_learnt_from(data, refused):
     with refused("no training sample has a human map"):
         read_protocol(write(data, text, "bad.toml"))
     read_protocol(write(data, text.replace("[methods.contrast]", ""), "plain.toml"))
+
+
+def rewritten(data, name, change):
+    """An index with every row changed; the file's name."""
+    rows = list(csv.DictReader((data / "index.csv").open(encoding="utf-8")))
+    changed = [change(number, row) for number, row in enumerate(rows)]
+    with (data / name).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, changed[0])
+        writer.writeheader()
+        writer.writerows(changed)
+    return GRID.replace("index.csv", name)
+
+
+def test_a_method_without_maps_by_another_name_needs_none(data):
+    text = rewritten(data, "mapless.csv", lambda _, row: {**row, "map": ""})
+    text = text.replace("[methods.contrast]", "[methods.plain]\nmethod = 'cross-entropy'")
+    assert len(read_protocol(write(data, text, "plain.toml")).jobs()) == 8
+
+
+def test_what_would_make_no_table_is_refused_before_any_work(data, refused):
+    in_set = 'leave_out = false\nindex = "'
+    text = rewritten(data, "n.csv", lambda _, row: {**row, "subset": row["subset"] or "plain"})
+    with refused("AUROC is undefined, the tested samples of .* are all of one class"):
+        read_protocol(write(data, text.replace('index = "', in_set), "bad.toml"))
+    text = rewritten(
+        data, "m.csv", lambda _, row: {**row, "subset": row["subset"].replace("bar", "mean")}
+    )
+    with refused("a subset called 'mean' would look like a column"):
+        read_protocol(write(data, text, "bad.toml"))
+    splits = ("train", "test")
+    text = rewritten(data, "g.csv", lambda n, row: {**row, "split": splits[n % 2]})
+    with refused("the group .* is in train and in test; correct the splits"):
+        read_protocol(write(data, text.replace('index = "', in_set), "bad.toml"))
 
 
 def test_the_hash_is_of_what_results_depend_on_and_of_nothing_else(data, tmp_path, grid):
@@ -351,8 +403,10 @@ def test_under_torchrun_the_processes_share_the_grid(data, tmp_path):
 
 def test_killed_anywhere_and_started_again_it_ends_the_same(data, tmp_path, grid):
     """SIGKILL of the process alone, twice; its workers must end by themselves."""
-    undisturbed = tmp_path / "undisturbed"
-    assert len(run(grid, undisturbed, jobs=2, device="cpu").done) == 8
+    undisturbed, threads = tmp_path / "undisturbed", torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # as many as one of two workers has
+    assert len(run(grid, undisturbed, device="cpu").done) == 8
+    torch.set_num_threads(threads)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "diffsal", "protocol", "run", str(data / "grid.toml")]
     command += ["--out", str(out), "--jobs", "2", "--device", "cpu"]
@@ -475,6 +529,13 @@ def test_unfinished_results_are_read_and_say_so(data, tmp_path, grid, refused):
     assert read_results(tmp_path).missing == 6
     file = next((tmp_path / "jobs").iterdir())
     content = file.read_text("utf-8")
+    # What a write that was cut off leaves behind, and what somebody put there, are no results.
+    (tmp_path / "jobs" / ".scratch.json").write_text(content, "utf-8")
+    (tmp_path / "jobs" / "copy.json").write_text(content, "utf-8")
+    assert len(read_results(tmp_path).jobs) == 2
+    file.write_text('{"hash": "0"}', "utf-8")
+    with refused("is damaged; remove it and run again"):
+        read_results(tmp_path)
     file.write_text(content[:100], "utf-8")
     with refused("cannot be read"):
         read_results(tmp_path)
@@ -494,6 +555,23 @@ def test_the_table_command_prints_every_format_and_draws(done):
         path = done / "plots" / name
         assert str(path) in result.stderr
         assert Image.open(path).size[0] > 600
+
+
+def test_tables_are_printed_where_no_plot_can_be(done, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(done, out, ignore=shutil.ignore_patterns("cache", "plots"))
+    (out / "plots").write_text("in the way", "utf-8")
+    result = CliRunner().invoke(main, ["protocol", "table", str(out)])
+    assert result.exit_code == 0
+    assert "Note: no plots" in result.stderr
+    assert "contrast" in result.stdout
+
+
+def test_a_job_that_cannot_be_written_stops_no_other(data, tmp_path, grid):
+    (tmp_path / Job("tiles", "contrast", "bar", 0).file).mkdir(parents=True)
+    (tmp_path / Job("tiles", "contrast", "bar", 0).file / "x").touch()
+    outcome = run(grid, tmp_path, shard=(1, 1), device="cpu")
+    assert (len(outcome.done), len(outcome.failed)) == (7, 1)
 
 
 def test_the_table_command_needs_a_baseline_that_is_there(done):

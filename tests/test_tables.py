@@ -122,7 +122,11 @@ def jobs():
 
 @pytest.fixture(scope="module")
 def protocol():
-    return {"methods": {name: {} for name in METHODS}, "tasks": {"t": {}}, "seeds": list(SEEDS)}
+    return {
+        "methods": {name: {} for name in METHODS},
+        "tasks": {"t": {"subsets": list(SUBSETS)}},
+        "seeds": list(SEEDS),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +179,8 @@ def close(cell, value, std=None):
 
 def test_all_tables_are_there_once(tables):
     assert list(tables) == [
-        *("overall", "subsets", "differences", "maps", "map-differences", "fooling", "seeds")
+        *("overall", "subsets", "differences", "maps", "map-differences"),
+        *("fooling", "fooling-differences", "seeds"),
     ]
 
 
@@ -304,6 +309,58 @@ def test_fooling(tables, jobs):
         close(found[name, "change"], np.mean(changes), np.std(changes, ddof=1))
 
 
+def test_fooled_models_are_paired_with_the_honest_one(tables, jobs):
+    found = cells(tables["fooling-differences"])
+    assert {name for name, _ in found} == set(FOOLED[1:])
+    fooled = [one for one in jobs if one["method"] == "fooling"]
+    for name in FOOLED[1:]:
+        differences = [
+            np.nanmean(np.array(one["models"][name]["edges_true"], float))
+            - np.nanmean(np.array(one["models"]["honest"]["edges_true"], float))
+            for one in fooled
+        ]
+        cell = found[name, "true → edges"]
+        close(cell, np.mean(differences))
+        half = stats.t.ppf(0.975, len(SEEDS) - 1) * stats.sem(differences)
+        assert math.isclose(cell.high - cell.low, 2 * half, rel_tol=1e-9)
+        areas = [
+            area(one["samples"]["label"], margin_of(one, name))
+            - area(one["samples"]["label"], margin_of(one, "honest"))
+            for one in fooled
+        ]
+        close(found[name, "AUROC"], np.mean(areas))
+
+
+def test_an_unfinished_method_is_not_compared_by_other_subsets(protocol, jobs):
+    """Of chance, which does not depend on the method, no difference may come out."""
+    some = [
+        {**one, "models": {one["method"]: {**one["models"][one["method"]], "marked_share": share}}}
+        for one in jobs
+        if one["method"] in METHODS and (one["method"], one["subset"]) != ("contrast", "a")
+        for share in [[SUBSETS.index(one["subset"]) / 10] * 24]
+    ]
+    tables = {table.name: table for table in make_tables(protocol, some)}
+    found = cells(tables["map-differences"])
+    assert found["contrast", "chance"] is None
+    assert found["cross-entropy", "chance"].value == 0
+    assert cells(tables["maps"])["baseline", "chance"].value == pytest.approx(0.1)
+    assert cells(tables["subsets"])["contrast", "mean"] is None
+
+
+def test_maps_of_in_set_jobs_are_means_over_subsets_too(protocol):
+    one = job("baseline", "a", 0)
+    subsets = ["", "a", "", "a", "", "b"] * 4
+    values = [0.0, 0.6, 0.0, 0.6, 0.0, 0.9] * 4
+    models = {"baseline": {**one["models"]["baseline"], "energy_true": values}}
+    samples = {**one["samples"], "subset": subsets}
+    plan = {**protocol, "methods": {"baseline": {}}, "tasks": {"t": {"subsets": [""]}}}
+    tables = make_tables(plan, [{**one, "subset": "", "samples": samples, "models": models}])
+    found = cells(next(table for table in tables if table.name == "maps"))
+    # Each subset with the same twelve normals: 8 x 0.6 of 20, and 4 x 0.9 of 16.
+    expected = (8 * 0.6 / 20 + 4 * 0.9 / 16) / 2
+    assert found["baseline", "energy inside, true"].value == pytest.approx(expected)
+
+
 # --------------------------------------------------------------------------------- the paper's own
 
 
@@ -343,7 +400,11 @@ def test_the_papers_numbers_go_through_the_whole_table(protocol):
                     },
                 }
             )
-    plan = {"methods": {name: {} for name in names}, "tasks": {"iris": {}}, "seeds": [0]}
+    plan = {
+        "methods": {name: {} for name in names},
+        "tasks": {"iris": {"subsets": list("0123456")}},
+        "seeds": [0],
+    }
     found = cells(make_tables(plan, made)[0])
     for method in names:
         cell = found["iris, ± over subsets", method]
