@@ -14,7 +14,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +34,14 @@ from diffsal.files import replacing
 from diffsal.images import Preprocessing
 from diffsal.target_layers import TargetLayer, find_target_layer, get_target_layer
 
-__all__ = ["LoadedModel", "build_model", "check_class_order", "load_model", "save_checkpoint"]
+__all__ = [
+    "LoadedModel",
+    "build_model",
+    "check_class_order",
+    "load_model",
+    "redraw_fresh_layers",
+    "save_checkpoint",
+]
 
 State: TypeAlias = dict[str, Tensor]
 
@@ -258,7 +265,8 @@ def build_model(
             or ``"package.module:factory"``, which may lie in the working directory.
         arguments: keyword arguments of its constructor.
         weights: ``"DEFAULT"``, or another name that torchvision gives to weights of this model;
-            downloaded if need be. Where ``num_classes`` is not theirs, the last layer stays fresh.
+            downloaded if need be. Where ``num_classes`` is not theirs, the last layer stays fresh,
+            see :func:`redraw_fresh_layers`.
 
     Returns:
         The model as its constructor leaves it, in training mode.
@@ -279,6 +287,21 @@ def build_model(
         raise DiffsalError(
             f"{architecture} cannot be built with {dict(arguments)}: {_one_line(error)}"
         ) from error
+
+
+def redraw_fresh_layers(model: nn.Module, kept: Collection[str]) -> None:
+    """Draw the linear layers that are not kept as torch does, whatever the architecture does.
+
+    EfficientNets draw their last layer for thousands of classes: two rows are as wide as 0.7, their
+    logits about 10, and the first steps of training undo what the other layers have learned.
+
+    Args:
+        model: changed in place.
+        kept: names of the parameters that were loaded.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in kept:
+            module.reset_parameters()
 
 
 def check_class_order(loaded: LoadedModel, classes: Sequence[str], source: str | Path) -> None:
@@ -388,6 +411,7 @@ def _torchvision_model(name: str, arguments: Mapping[str, Any], weights: str | N
     model = constructor(**{"num_classes": len(chosen.meta["categories"]), **arguments})
     state = _current_names(chosen.get_state_dict(progress=True, check_hash=True), model)
     last = _last_layer(model)
+    redraw_fresh_layers(model, [key for key in state if not key.startswith(f"{last}.")])
     fresh = {key: value for key, value in model.state_dict().items() if key.startswith(f"{last}.")}
     if any(state[key].shape != value.shape for key, value in fresh.items()):
         state.update(fresh)
@@ -400,7 +424,18 @@ def _timm_model(name: str, arguments: Mapping[str, Any], weights: str | None) ->
     if weights not in (None, "DEFAULT"):
         raise DiffsalError(f"timm names weights in the model's name: timm:{name}.{weights}")
     model: nn.Module = timm.create_model(name, pretrained=weights is not None, **arguments)
+    theirs = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if weights is not None and arguments.get("num_classes", theirs) != theirs:
+        fresh = {id(module) for module in _classifiers(model)}
+        kept = [f"{name}.weight" for name, one in model.named_modules() if id(one) not in fresh]
+        redraw_fresh_layers(model, kept)
     return model
+
+
+def _classifiers(model: Any) -> tuple[nn.Module, ...]:
+    """timm's heads: one, or two of a distilled model."""
+    heads = model.get_classifier()
+    return tuple(heads) if isinstance(heads, tuple | list) else (heads,)
 
 
 def _factory_model(

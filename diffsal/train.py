@@ -51,7 +51,13 @@ from diffsal.errors import DiffsalError
 from diffsal.files import replacing
 from diffsal.images import Preprocessing
 from diffsal.losses import LOSSES, Pool, SalienceLoss
-from diffsal.models import build_model, check_class_order, load_model, save_checkpoint
+from diffsal.models import (
+    build_model,
+    check_class_order,
+    load_model,
+    redraw_fresh_layers,
+    save_checkpoint,
+)
 from diffsal.salience import capture, evaluation_mode, output_logits
 from diffsal.target_layers import TargetLayer, find_target_layer, get_target_layer
 
@@ -834,11 +840,7 @@ def _saved_model(path: Path, config: TrainingConfig) -> tuple[nn.Module, dict[st
 
 
 def _copy_weights(source: nn.Module, model: nn.Module) -> None:
-    """Copy what has the same shape: all, or all but the last layer.
-
-    A layer that stays fresh is drawn as torch does. Some architectures draw their last one for
-    thousands of classes; with two, its first steps would undo what the others have learned.
-    """
+    """Copy what has the same shape: all, or all but the last layer."""
     own, given = model.state_dict(), source.state_dict()
     fitting = {
         name: value
@@ -846,9 +848,7 @@ def _copy_weights(source: nn.Module, model: nn.Module) -> None:
         if name in own and value.shape == own[name].shape
     }
     model.load_state_dict(fitting, strict=False)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and f"{name}.weight" not in fitting:
-            module.reset_parameters()
+    redraw_fresh_layers(model, fitting)
 
 
 def _identity(index: Index, config: TrainingConfig) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import argparse
+import copy
 import hashlib
 import pickle
 import re
@@ -661,6 +662,37 @@ def test_published_weights(name, outputs, network, monkeypatch):
         assert torch.equal(value, published.state_dict()[key]) == same
     assert len(model.get_submodule(last).weight) == (outputs or 1000)
     assert getattr(model, "transform_input", True)
+
+
+def test_a_fresh_last_layer_begins_small(monkeypatch):
+    """These draw two rows as wide as 0.7, whose logits would be about 10."""
+    published = build_model("efficientnet_b0", {"num_classes": 1000}).state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(published))
+    model = build_model("efficientnet_b0", {"num_classes": 2}, weights="DEFAULT")
+    assert model.classifier[1].weight.abs().max() <= 1280**-0.5
+    kept = [key for key in published if not key.startswith("classifier.")]
+    assert all(torch.equal(model.state_dict()[key], published[key]) for key in kept)
+
+
+def test_a_fresh_last_layer_of_timm_begins_small(monkeypatch):
+    timm = pytest.importorskip("timm")
+    create, made = timm.create_model, []
+
+    def without_download(name, pretrained, **arguments):
+        made.append(create(name, pretrained=False, **arguments))
+        made.append(copy.deepcopy(made[-1]))
+        return made[-2]
+
+    monkeypatch.setattr(timm, "create_model", without_download)
+    name = "timm:tf_efficientnet_lite0"
+    model = build_model(name, {"num_classes": 2}, weights="DEFAULT")
+    before = made[-1].state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) == (not key.startswith("classifier.")), key
+    assert model.classifier.weight.abs().max() <= 1280**-0.5
+    for arguments in ({}, {"num_classes": 1000}):  # theirs, and so not fresh
+        model = build_model(name, arguments, weights="DEFAULT")
+        assert torch.equal(model.classifier.weight, made[-1].classifier.weight)
 
 
 def test_weights_that_nobody_published(factories):
