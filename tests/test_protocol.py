@@ -341,6 +341,10 @@ def test_fooled_models_are_measured_beside_the_honest_one(done):
     np.testing.assert_allclose(np.diff(shifted), np.diff(honest), atol=1e-4)
     labels = [job["samples"]["label"][position] for position in job["pictured"]]
     assert labels == [0, 1]
+    for label, position in enumerate(job["pictured"]):
+        margins = np.diff(honest)[np.array(job["samples"]["label"]) == label, 0]
+        lower = (margins < np.diff(honest)[position, 0]).sum()
+        assert lower == len(margins) // 2  # the median, or the higher of the two in the middle
     for model in job["models"].values():
         maps = {name: np.array(values) for name, values in model["maps"].items()}
         assert maps["true"].shape[0] == 2

@@ -512,6 +512,15 @@ def test_seeds_without_all_subsets_count_for_those_they_have(protocol, jobs):
     assert cells(tables["seeds"])["baseline, c", "seed 5"] is None
 
 
+def test_a_subset_that_nobody_has_done_yet_is_not_left_out_of_the_mean(protocol, jobs):
+    some = [one for one in jobs if one["subset"] != "c"]
+    table = next(table for table in make_tables(protocol, some) if table.name == "subsets")
+    assert table.columns == (*SUBSETS, "mean")
+    found = cells(table)
+    assert found["baseline", "b"] is not None
+    assert found["baseline", "c"] is found["baseline", "mean"] is None
+
+
 def test_another_baseline(protocol, jobs, refused):
     tables = {t.name: t for t in make_tables(protocol, jobs, baseline="cross-entropy")}
     assert "baseline" in dict(tables["differences"].rows)
