@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -552,12 +553,16 @@ def _outcomes(do: Any, missing: Sequence[Job], jobs: int) -> Iterator[tuple[Job,
     if jobs == 1:
         yield from ((job, do(job)) for job in missing)
         return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads, others = max(1, (os.cpu_count() or 1) // jobs), set(active_children())
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin_worker, (threads,))
     try:
         futures = {pool.submit(do, job): job for job in missing}
         for future in as_completed(futures):
             yield futures[future], future.result()
+    except KeyboardInterrupt:
+        for worker in set(active_children()) - others:
+            worker.terminate()  # or it would end its job first
+        raise
     except BrokenProcessPool as error:
         raise DiffsalError(
             "a process that did jobs was ended from outside, which lack of memory does, too: the "
@@ -568,6 +573,8 @@ def _outcomes(do: Any, missing: Sequence[Job], jobs: int) -> Iterator[tuple[Job,
 
 
 def _begin_worker(threads: int) -> None:
+    # An interrupt is the parent's, who ends this process. Here it could come while a lock is held.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -434,6 +434,38 @@ def test_killed_anywhere_and_started_again_it_ends_the_same(data, tmp_path, grid
     assert comparable(out) == comparable(undisturbed)
 
 
+def test_an_interrupt_ends_it_at_once_and_its_workers(data, tmp_path, grid):
+    command = [sys.executable, "-m", "diffsal", "protocol", "run", str(data / "grid.toml")]
+    command += ["--out", str(tmp_path), "--jobs", "2", "--device", "cpu"]
+    write(data, GRID.replace("epochs = 1", "epochs = 100000"))
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while len(busy := [child for child in children(process.pid) if seconds(child) > 8]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(timeout=60) != 0
+    while any(map(is_alive, busy)):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
+    assert not list((tmp_path / "jobs").glob("*"))
+
+
+def seconds(pid):
+    """Processor time of a process: of a worker, first what it imports, then what it trains."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) / os.sysconf("SC_CLK_TCK")
+
+
 def children(pid):
     found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
@@ -456,6 +488,7 @@ def is_alive(pid):
 
 if not Path("/proc/self/stat").exists():  # no way to look for the workers
     del test_killed_anywhere_and_started_again_it_ends_the_same
+    del test_an_interrupt_ends_it_at_once_and_its_workers
 
 
 def test_images_are_decoded_once(data, tmp_path, grid, monkeypatch):
