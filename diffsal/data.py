@@ -8,6 +8,7 @@ an :class:`Index`; splits are made from it, and a :class:`ImageDataset` reads wh
 import csv
 import hashlib
 import json
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +108,11 @@ class Index:
     def split(self, name: Split) -> tuple[Sample, ...]:
         """The samples of one split."""
         return tuple(sample for sample in self.samples if sample.split == name)
+
+    def relative(self, path: Path) -> str:
+        """A path as seen from the index, with slashes: the same on whatever machine it lies."""
+        root = self.source if self.source.is_dir() else self.source.parent
+        return Path(os.path.relpath(path, root)).as_posix()
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Task:
 
     def split(self, subset: str) -> Index:
         """The index with the splits ``train`` and ``test``; normals are split once for all."""
-        if self.leave_out and subset:
+        if subset:
             return leave_out(self.index, subset, self.fraction)
         return with_test(self.index, self.fraction)
 
@@ -222,7 +222,7 @@ class Protocol:
 
     def hash(self) -> str:
         """SHA-256 of :meth:`to_dict`, hexadecimal."""
-        return _sha256(json.dumps(self.to_dict(), sort_keys=True).encode())
+        return _hash(self.to_dict())
 
 
 def _jobs(
@@ -296,19 +296,15 @@ def _check(protocol: Protocol, path: Path) -> None:
     learnt = next((method for method in asking if method != "cross-entropy"), "cross-entropy")
     for task in protocol.tasks:
         for subset in task.subsets():
-            index = task.split(subset)
-            check_split(index, "train", learnt)
-            check_split(index, "test", "cross-entropy")
-            _check_test(index, task.leave_out)
+            _check_splits(task.split(subset), learnt, task.leave_out)
         if protocol.fooling is not None:
-            index = task.split("")
-            check_split(index, "train", "cross-entropy")
-            check_split(index, "test", "cross-entropy")
-            _check_test(index, task.leave_out)
+            _check_splits(task.split(""), "cross-entropy", task.leave_out)
 
 
-def _check_test(index: Index, leave_out: bool) -> None:
+def _check_splits(index: Index, learnt: str, leave_out: bool) -> None:
     """See that every number of the tables can be had, and that no group is learnt and tested."""
+    check_split(index, "train", learnt)
+    check_split(index, "test", "cross-entropy")
     train, test = index.split("train"), index.split("test")
     shared = sorted({one.group for one in train} & {one.group for one in test} - {""})
     if shared:
@@ -408,18 +404,12 @@ def _check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> N
             raise DiffsalError(f"{where}: the key {name!r} is unknown; known: {', '.join(known)}")
 
 
-def _relative(index: Index, path: Path) -> str:
-    """A path as it stands in the index, whatever the machine."""
-    root = index.source if index.source.is_dir() else index.source.parent
-    return Path(os.path.relpath(path, root)).as_posix()
-
-
 def _identity(index: Index) -> list[list[Any]]:
     return [
         [
-            _relative(index, sample.path),
+            index.relative(sample.path),
             sample.label,
-            sample.map and _relative(index, sample.map),
+            sample.map and index.relative(sample.map),
             sample.subset,
             sample.group,
             sample.split,
@@ -434,6 +424,10 @@ def _plain(config: TrainingConfig) -> dict[str, Any]:
     if Path(config.weights).is_file():
         plain["weights"] = f"sha256:{_sha256(Path(config.weights).read_bytes())}"
     return plain
+
+
+def _hash(frozen: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(frozen, sort_keys=True).encode())
 
 
 def _sha256(content: bytes) -> str:
@@ -493,12 +487,12 @@ def run(
     if not 0 <= rank < world:
         raise DiffsalError(f"there is no shard {rank + 1}/{world}; pass one from 1/{world}")
     choose_device(device)
-    _freeze(protocol, out)
+    identity = _freeze(protocol, out)
     mine = protocol.jobs()[rank::world]
     missing = [job for job in mine if not (out / job.file).is_file()]
     reads = _decoded(protocol, {job.task for job in missing}, out / _CACHE)
     errors: dict[Job, str | None] = {}
-    do = partial(_attempt, protocol, reads, out, device, workers)
+    do = partial(_attempt, protocol, identity, reads, out, device, workers)
     with tqdm(total=len(missing), unit="job", disable=None) as bar:
         for job, error in _outcomes(do, missing, jobs):
             errors[job] = error
@@ -511,15 +505,17 @@ def run(
     )
 
 
-def _freeze(protocol: Protocol, out: Path) -> None:
+def _freeze(protocol: Protocol, out: Path) -> str:
+    """The protocol's hash, which the folder is for from now on."""
     check_writable(out)
     file, frozen = out / CONFIGURATION, protocol.to_dict()
+    identity = _hash(frozen)
     if not file.exists():
-        write_json(file, {"hash": protocol.hash(), "protocol": frozen})
-        return
+        write_json(file, {"hash": identity, "protocol": frozen})
+        return identity
     before = _read(file, ("hash", "protocol"))
-    if before["hash"] == protocol.hash():
-        return
+    if before["hash"] == identity:
+        return identity
     old, new = (dict(_leaves(one)) for one in (before["protocol"], frozen))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     raise DiffsalError(
@@ -589,6 +585,7 @@ def _end_with_parent() -> None:
 
 def _attempt(
     protocol: Protocol,
+    identity: str,
     reads: Mapping[str, DecodedImages],
     out: Path,
     device: str,
@@ -603,7 +600,7 @@ def _attempt(
         do = _fool if job.method == FOOLING else _train
         result = do(protocol, job, index, config, reads[job.task])
         seconds = time.perf_counter() - started
-        record = {**_about(protocol, job, index, device), **result, "seconds": seconds}
+        record = {"hash": identity, **_about(job, index, device), **result, "seconds": seconds}
         write_json(out / job.file, record, indent=None)
     except Exception as error:  # the next job may well succeed
         kind = "" if isinstance(error, DiffsalError) else f"{type(error).__name__}: "
@@ -611,18 +608,17 @@ def _attempt(
     return None
 
 
-def _about(protocol: Protocol, job: Job, index: Index, device: str) -> dict[str, Any]:
+def _about(job: Job, index: Index, device: str) -> dict[str, Any]:
     """What a job's file says beside its results."""
     samples, place = index.split("test"), choose_device(device)
     return {
-        "hash": protocol.hash(),
         "task": job.task,
         "method": job.method,
         "subset": job.subset,
         "seed": job.seed,
         "classes": list(index.classes),
         "samples": {
-            "path": [_relative(index, one.path) for one in samples],
+            "path": [index.relative(one.path) for one in samples],
             "label": [one.label for one in samples],
             "subset": [one.subset for one in samples],
         },

@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -853,13 +852,12 @@ def _copy_weights(source: nn.Module, model: nn.Module) -> None:
 
 def _identity(index: Index, config: TrainingConfig) -> dict[str, Any]:
     """What must be the same for a run to go on."""
-    root = index.source if index.source.is_dir() else index.source.parent
     samples = [
         (
-            os.path.relpath(sample.path, root),
+            index.relative(sample.path),
             sample.label,
             sample.split,
-            sample.map and os.path.relpath(sample.map, root),
+            sample.map and index.relative(sample.map),
         )
         for sample in index.samples
     ]
