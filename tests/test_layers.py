@@ -57,11 +57,6 @@ def loaded_by(code: str) -> set[str]:
     return set(result.stdout.split())
 
 
-def test_the_package_is_flat() -> None:
-    assert not [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE]
-    assert set(MODULES) <= set(LEVEL), "a module has no layer yet"
-
-
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_only_go_downwards(module: str) -> None:
     own = {name.removeprefix("diffsal.") for name in imports(module) if name.startswith("diffsal.")}

@@ -1,0 +1,406 @@
+"""Explain images: from files to pictures, maps and a manifest that tells all."""
+
+import math
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from diffsal import __version__
+from diffsal.contrast import NO_CLASS, Choice, class_count, predicted_class, probabilities
+from diffsal.devices import process_rank, running
+from diffsal.errors import DiffsalError
+from diffsal.figures import Explanation, save_figure, save_overlays
+from diffsal.files import replacing, write_json
+from diffsal.images import Preprocessing, read_image
+from diffsal.models import LoadedModel
+from diffsal.salience import SalienceMaps, Weighting, explain, normalize
+
+__all__ = ["MANIFEST", "Outputs", "Settings", "explain_images"]
+
+MANIFEST = "manifest.json"
+
+Map: TypeAlias = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
+Record: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is written for each image.
+
+    Attributes:
+        figure: ``<stem>.png``, the picture of the explanation.
+        overlays: each panel as its own PNG of the image's size, ``<stem>.true.png`` and so on.
+        maps: ``<stem>.npz``: ``true``, ``false``, ``difference`` raw at the layer's size (h, w),
+            ``true_normalized`` and so on in [0, 1] at the image's (NaN where the model did not see
+            it), ``logits``, ``true_class``, ``false_class``.
+    """
+
+    figure: bool = True
+    overlays: bool = False
+    maps: bool = False
+
+    def names(self, stem: str) -> list[str]:
+        """Every file name that is written for ``stem``."""
+        panels = ("true", "false", "difference", "evidence")
+        return [
+            *([f"{stem}.png"] if self.figure else []),
+            *([f"{stem}.{panel}.png" for panel in panels] if self.overlays else []),
+            *([f"{stem}.npz"] if self.maps else []),
+        ]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How images are explained; the same for all of them.
+
+    Attributes:
+        preprocessing: from an image's pixels to the model's input.
+        device: where the model runs.
+        classes: one name per class; ``None``: ``class 0`` and so on.
+        true: the class taken as true, by name or index; ``None``: the prediction.
+        false: by name or index, ``runner-up`` or ``rest``; ``None``: see
+            :func:`diffsal.contrast.contrast`.
+        weighting: see :class:`diffsal.salience.capture`.
+        batch_size: images in one forward pass.
+        workers: processes that read images and draw pictures; 0: this process does it all.
+        outputs: what is written for each image.
+    """
+
+    preprocessing: Preprocessing
+    device: torch.device
+    classes: Sequence[str] | None = None
+    true: str | None = None
+    false: str | None = None
+    weighting: Weighting = "elementwise"
+    batch_size: int = 8
+    workers: int = 0
+    outputs: Outputs = Outputs()
+
+
+def explain_images(
+    images: Sequence[Path],
+    loaded: LoadedModel,
+    folder: Path,
+    settings: Settings,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Explain ``images``; write pictures, maps and, last, ``manifest.json`` to ``folder``.
+
+    An image that cannot be read or explained does not stop the rest: its record in the manifest
+    has an ``error`` and no ``files``. Under torchrun the images are shared among the processes;
+    every process returns the manifest of all, and the first one writes it.
+
+    Args:
+        images: in the order of the manifest's records.
+        loaded: the model; it is moved to the settings' device.
+        folder: made where it is not there.
+        settings: see there.
+        overwrite: replace files that are there already.
+
+    Returns:
+        The manifest (``docs/files.md``).
+
+    Raises:
+        DiffsalError: what concerns all images: files that are there already, an unknown class, a
+            model that does not run on these inputs or cannot be contrasted.
+    """
+    stems = _stems(images, settings.outputs)
+    _check_free(images, stems, settings.outputs, folder, overwrite)
+    loaded.model.to(settings.device)
+    rank, world = process_rank()
+    mine = list(zip(images, stems, strict=True))[rank::world]
+    with _mapping(settings.workers) as map_:
+        records = list(_explain_all(mine, loaded, folder, settings, map_))
+    manifest = _manifest(_gathered(records, len(images)), loaded, settings)
+    if rank == 0:
+        write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _explain_all(
+    inputs: Sequence[tuple[Path, str]],
+    loaded: LoadedModel,
+    folder: Path,
+    settings: Settings,
+    map_: Map,
+) -> Iterator[Record]:
+    """One record for each image, in order. No more than a batch is held at a time."""
+    prepare = partial(_prepare, settings.preprocessing)
+    write = partial(_write, folder, settings.outputs)
+    with tqdm(total=len(inputs), unit="image", disable=None) as progress:
+        for start in range(0, len(inputs), settings.batch_size):
+            batch = inputs[start : start + settings.batch_size]
+            prepared = list(map_(prepare, [path for path, _ in batch]))
+            readable = [
+                (path, stem, *pair)
+                for (path, stem), pair in zip(batch, prepared, strict=True)
+                if not isinstance(pair, DiffsalError)
+            ]
+            written = iter(map_(write, list(_drafts(readable, loaded, settings))))
+            for (path, _), pair in zip(batch, prepared, strict=True):
+                failed = isinstance(pair, DiffsalError)
+                yield _failure(path, pair) if failed else next(written)
+                progress.update()
+
+
+def _prepare(
+    preprocessing: Preprocessing, path: Path
+) -> tuple[NDArray[np.uint8], Tensor] | DiffsalError:
+    """The image in its own size, and the model's input; an error is a value, as others go on."""
+    try:
+        image = read_image(path)
+        return image, preprocessing(image)
+    except DiffsalError as error:
+        return error
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """An explained image, before its files are written."""
+
+    path: Path
+    stem: str
+    record: Record
+    explanation: Explanation
+    arrays: dict[str, NDArray[Any]]
+
+
+def _drafts(
+    readable: Sequence[tuple[Path, str, NDArray[np.uint8], Tensor]],
+    loaded: LoadedModel,
+    settings: Settings,
+) -> Iterator[_Draft]:
+    if not readable:
+        return
+    maps = _maps(torch.stack([tensor for *_, tensor in readable]), loaded, settings)
+    names = class_names(settings.classes, class_count(maps.logits))
+    for index, (path, stem, image, _) in enumerate(readable):
+        yield _draft(path, stem, image, maps[index], names, settings)
+
+
+def _maps(inputs: Tensor, loaded: LoadedModel, settings: Settings) -> SalienceMaps:
+    dtype = next(loaded.model.parameters()).dtype
+    with running(settings.device, inputs.shape[2:], len(inputs)):
+        maps = explain(
+            loaded.model,
+            inputs.to(settings.device, dtype),
+            _class_choice(settings.true, settings.classes),
+            _class_choice(settings.false, settings.classes),
+            target_layers=loaded.target_layer,
+            weighting=settings.weighting,
+        )
+    return maps.to("cpu")
+
+
+def _draft(
+    path: Path,
+    stem: str,
+    image: NDArray[np.uint8],
+    maps: SalienceMaps,
+    names: Sequence[str],
+    settings: Settings,
+) -> _Draft:
+    """What is told of one image; ``maps`` is a batch of one."""
+    raw = torch.cat([maps.true, maps.false, maps.difference])
+    placed = settings.preprocessing.place(raw, image.shape[:2])
+    share = probabilities(maps.logits.double())[0]
+    true, false = int(maps.true_class), int(maps.false_class)
+    predicted = int(predicted_class(maps.logits))
+    difference = maps.difference.double()
+    numbers = {
+        "margin": float(maps.margin),
+        "evidence_for": float(difference.clamp(min=0).sum()),
+        "evidence_against": float(difference.clamp(max=0).sum()),
+        "residual": float(maps.residual),
+        "common_mode_share": float(maps.common_mode_share),
+    }
+    explanation = Explanation(
+        title=path.name,
+        image=image,
+        true=placed[0].numpy(),
+        false=placed[1].numpy(),
+        difference=placed[2].numpy(),
+        cells=(raw.shape[-2], raw.shape[-1]),
+        true_name=names[true],
+        false_name="the rest" if false == NO_CLASS else names[false],
+        true_from=maps.true_from,
+        true_probability=float(share[true]),
+        false_probability=float(1 - share[true] if false == NO_CLASS else share[false]),
+        predicted_name=names[predicted],
+        predicted_probability=float(share[predicted]),
+        outputs=maps.logits.shape[1],
+        **numbers,
+    )
+    record = {
+        "path": str(path),
+        "logits": maps.logits[0].tolist(),
+        "probabilities": share.tolist(),
+        "predicted_class": predicted,
+        "predicted_name": names[predicted],
+        "true_class": true,
+        "true_name": explanation.true_name,
+        "true_from": maps.true_from,
+        "false_class": None if false == NO_CLASS else false,
+        "false_name": explanation.false_name,
+        **{name: None if math.isnan(value) else value for name, value in numbers.items()},
+    }
+    arrays = {
+        "true": raw[0],
+        "false": raw[1],
+        "difference": raw[2],
+        "true_normalized": _normalize_seen(placed[0]),
+        "false_normalized": _normalize_seen(placed[1]),
+        "difference_normalized": _normalize_seen(placed[2]),
+        "logits": maps.logits[0],
+        "true_class": maps.true_class[0],
+        "false_class": maps.false_class[0],
+    }
+    return _Draft(path, stem, record, explanation, {k: v.numpy() for k, v in arrays.items()})
+
+
+def _normalize_seen(placed: Tensor) -> Tensor:
+    """Normalise what the model saw; the rest stays NaN."""
+    seen = ~placed.isnan()
+    normalized = torch.full_like(placed, torch.nan)
+    if seen.any():  # nothing is, where the map is not finite
+        normalized[seen] = normalize(placed[seen][None])[0]
+    return normalized
+
+
+def _write(folder: Path, outputs: Outputs, draft: _Draft) -> Record:
+    """Write one image's files and return its record."""
+    if not all(np.isfinite(draft.arrays[name]).all() for name in ("true", "false", "logits")):
+        return _failure(draft.path, "the model's logits or maps are not finite: check its weights")
+    try:
+        if outputs.figure:
+            save_figure(folder / f"{draft.stem}.png", draft.explanation)
+        if outputs.overlays:
+            save_overlays(folder, draft.stem, draft.explanation)
+        if outputs.maps:
+            with replacing(folder / f"{draft.stem}.npz") as scratch:
+                np.savez_compressed(scratch, **draft.arrays)  # type: ignore[arg-type]
+    except (OSError, DiffsalError) as error:
+        return _failure(draft.path, error)
+    return draft.record | {"files": outputs.names(draft.stem)}
+
+
+def _failure(path: Path, error: object) -> Record:
+    return {"path": str(path), "error": str(error).removeprefix(f"{path}: ")}
+
+
+def _manifest(records: list[Record], loaded: LoadedModel, settings: Settings) -> dict[str, Any]:
+    return {
+        "format": "diffsal-explanations",
+        "format_version": 1,
+        "diffsal_version": __version__,
+        "model": {
+            "path": str(loaded.path),
+            "sha256": loaded.sha256,
+            "architecture": loaded.architecture,
+            "arguments": loaded.arguments,
+            "target_layer": loaded.target_layer.name,
+        },
+        "classes": None if settings.classes is None else list(settings.classes),
+        "preprocessing": settings.preprocessing.to_dict(),
+        "true": settings.true,
+        "false": settings.false,
+        "weighting": settings.weighting,
+        "device": str(settings.device),
+        "explained": sum("error" not in record for record in records),
+        "failed": sum("error" in record for record in records),
+        "images": records,
+    }
+
+
+def class_names(classes: Sequence[str] | None, count: int) -> list[str]:
+    """One name per class.
+
+    Raises:
+        DiffsalError: the number of names is not ``count``.
+    """
+    if classes is None:
+        return [f"class {index}" for index in range(count)]
+    if len(classes) != count:
+        raise DiffsalError(
+            f"{len(classes)} class names for a model of {count} classes: pass one for each with "
+            "--classes, in the order of the outputs"
+        )
+    return list(classes)
+
+
+def _class_choice(name: str | None, classes: Sequence[str] | None) -> Choice:
+    """A class by its name or, where no name is so, by its index."""
+    if name is None or name in ("runner-up", "rest"):
+        return name
+    if classes is not None and name in classes:
+        return list(classes).index(name)
+    if name.isdecimal():
+        return int(name)
+    known = ", ".join(classes) if classes else "unknown (name them with --classes)"
+    raise DiffsalError(f"no class is called {name!r}: the model's classes are {known}")
+
+
+def _stems(images: Sequence[Path], outputs: Outputs) -> list[str]:
+    """A name for each image's files, such that no two images share a file."""
+    taken: set[str] = set()
+    stems = []
+    for image in images:
+        stem, count = image.stem, 1
+        while not taken.isdisjoint(name.lower() for name in outputs.names(stem)):
+            count += 1
+            stem = f"{image.stem}-{count}"
+        taken.update(name.lower() for name in outputs.names(stem))
+        stems.append(stem)
+    return stems
+
+
+def _check_free(
+    images: Sequence[Path], stems: Sequence[str], outputs: Outputs, folder: Path, overwrite: bool
+) -> None:
+    files = [folder / MANIFEST, *(folder / n for stem in stems for n in outputs.names(stem))]
+    there = [file for file in files if file.exists()]
+    if not there:
+        return
+    sources = {image.resolve() for image in images}
+    if any(file.resolve() in sources for file in there):
+        raise DiffsalError(f"{folder} holds the images themselves: name another folder with --out")
+    if not overwrite:
+        raise DiffsalError(
+            f"{there[0]} is there already: pass --overwrite, or name another folder with --out"
+        )
+
+
+@contextmanager
+def _mapping(workers: int) -> Iterator[Map]:
+    """``map``, or one over ``workers`` processes; spawned, as forks of a CUDA process break."""
+    if workers == 0:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield pool.map
+
+
+def _gathered(records: list[Record], count: int) -> list[Record]:
+    """The records of all processes, in the order of the images."""
+    _, world = process_rank()
+    if world == 1:
+        return records
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    shares: list[list[Record]] = [[] for _ in range(world)]
+    dist.all_gather_object(shares, records)
+    dist.destroy_process_group()
+    return [shares[index % world][index // world] for index in range(count)]

@@ -1,0 +1,244 @@
+"""``DifferenceCAM``: the difference of two classes' maps behind grad-cam's interface."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pytorch_grad_cam.base_cam import BaseCAM
+from pytorch_grad_cam.utils.model_targets import (
+    BinaryClassifierOutputTarget,
+    ClassifierOutputReST,
+    ClassifierOutputSoftmaxTarget,
+    ClassifierOutputTarget,
+)
+from torch import Tensor, nn
+
+from diffsal.contrast import NO_CLASS, Choice, Score
+from diffsal.errors import DiffsalError
+from diffsal.salience import (
+    SalienceMaps,
+    Weighting,
+    capture,
+    evaluation_mode,
+    explain,
+    explaining,
+    normalize,
+    output_logits,
+    resize,
+)
+from diffsal.target_layers import Reshape, find_target_layer
+
+__all__ = ["DifferenceCAM"]
+
+Targets: TypeAlias = Sequence[Any] | Tensor | None
+
+_CLASS_TARGETS = (ClassifierOutputTarget, ClassifierOutputSoftmaxTarget, ClassifierOutputReST)
+
+
+class DifferenceCAM(BaseCAM):  # type: ignore[misc]
+    """The paper's Difference Salience (Eq. 1) as a drop-in for grad-cam's CAMs.
+
+    Example::
+
+        with DifferenceCAM(model, target_layers=[model.layer4]) as cam:
+            heatmap = cam(input_tensor=x, targets=None)     # float32 (B, H, W) in [0, 1]
+            maps = cam.maps(x, true=labels)                 # raw maps in logit units
+
+    Unlike its parent it takes the maps in evaluation mode and leaves the model as it found it
+    (training flags, ``.grad``, hooks), and no exception is swallowed.
+
+    Args:
+        model: any classifier that returns logits.
+        target_layers: as in grad-cam; ``None``: the last spatial feature map is found.
+        reshape_transform: as in grad-cam; torchvision's and timm's ViT and Swin need none.
+        false: what to set against the true class, see :func:`diffsal.contrast.contrast`.
+        weighting: see :class:`diffsal.salience.capture`.
+
+    Raises:
+        DiffsalError: a model without parameters, and see :class:`diffsal.salience.capture`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[nn.Module] | None = None,
+        reshape_transform: Reshape | None = None,
+        *,
+        false: Choice = None,
+        weighting: Weighting = "elementwise",
+    ) -> None:
+        if next(model.parameters(), None) is None:
+            raise DiffsalError(f"{type(model).__name__} has no parameters: pass a classifier")
+        with evaluation_mode(model):
+            super().__init__(model, [], reshape_transform)  # no layers, so none of its hooks
+        if target_layers is None:
+            target_layers = [find_target_layer(model).module]
+        self.target_layers = list(target_layers)
+        self.false = false
+        self.weighting: Weighting = weighting
+        with self._explaining():  # a layer or model that cannot be captured is refused here
+            pass
+
+    def maps(self, input_tensor: Tensor, true: Choice = None, false: Choice = None) -> SalienceMaps:
+        """Raw maps in logit units, detached, on the model's device.
+
+        Args:
+            input_tensor: (B, C, H, W) or (B, C, D, H, W).
+            true: labels, see :func:`diffsal.contrast.contrast`; ``None``: the predictions.
+            false: what to set against them; ``None``: what the constructor was given.
+
+        Raises:
+            DiffsalError: see :func:`diffsal.salience.explain`.
+        """
+        return explain(
+            self.model,
+            self._to_model(input_tensor),
+            _on_cpu(true),
+            _on_cpu(self.false if false is None else false),
+            target_layers=self.target_layers,
+            reshape_transform=self.reshape_transform,
+            weighting=self.weighting,
+        )
+
+    def __call__(
+        self,
+        input_tensor: Tensor,
+        targets: Sequence[Score] | None = None,
+        aug_smooth: bool = False,
+        eigen_smooth: bool = False,
+        *,
+        false: Choice = None,
+    ) -> NDArray[np.float32]:
+        """Heatmaps of the difference: resized to the input, then normalised; no ReLU.
+
+        Args:
+            input_tensor: (B, C, H, W) or (B, C, D, H, W).
+            targets: one of grad-cam's targets per sample. Class and softmax targets name the true
+                class, ``BinaryClassifierOutputTarget`` does for one logit, and any other callable
+                is the score to contrast, which needs ``false``. ``None``: the predictions.
+            aug_smooth: average the maps of ``tta_transforms``; the classes are chosen once, before.
+            eigen_smooth: the first principal component, signed as the difference map.
+            false: overrides the constructor's.
+
+        Returns:
+            (B, H, W) or (B, D, H, W), float32 in [0, 1]; 0 for a constant map.
+
+        Raises:
+            DiffsalError: too few or too many targets, a class out of range, targets that do not
+                suit the model's output, and see :func:`diffsal.salience.explain`.
+        """
+        inputs = self._to_model(input_tensor)
+        false = _on_cpu(self.false if false is None else false)
+        compute = self._augmented if aug_smooth else self._raw
+        raw = compute(inputs, targets, false, eigen_smooth)
+        heatmaps: NDArray[np.float32] = normalize(raw).float().cpu().numpy()
+        return heatmaps
+
+    def forward(
+        self,
+        input_tensor: Tensor,
+        targets: Sequence[Score] | None = None,
+        eigen_smooth: bool = False,
+    ) -> NDArray[np.float32]:
+        """As :meth:`__call__`, with the parent's arguments."""
+        return self(input_tensor, targets, eigen_smooth=eigen_smooth)
+
+    def forward_augmentation_smoothing(
+        self,
+        input_tensor: Tensor,
+        targets: Sequence[Score] | None = None,
+        eigen_smooth: bool = False,
+    ) -> NDArray[np.float32]:
+        """As :meth:`__call__` with ``aug_smooth``, with the parent's arguments."""
+        return self(input_tensor, targets, aug_smooth=True, eigen_smooth=eigen_smooth)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing to release: hooks live no longer than a call. Nothing is swallowed."""
+
+    def __del__(self) -> None:
+        """Nothing to release, also where the constructor failed."""
+
+    def _explaining(self) -> AbstractContextManager[capture]:
+        return explaining(self.model, self.target_layers, self.reshape_transform, self.weighting)
+
+    def _to_model(self, input_tensor: Tensor) -> Tensor:
+        if input_tensor.ndim not in (4, 5):
+            raise DiffsalError(
+                f"the input has shape {tuple(input_tensor.shape)}: pass (batch, channels, height, "
+                "width) or (batch, channels, depth, height, width)"
+            )
+        return input_tensor.to(next(self.model.parameters()).device)
+
+    def _raw(self, inputs: Tensor, targets: Targets, false: Choice, eigen_smooth: bool) -> Tensor:
+        """The difference map, or its first component, at the input's size, not normalised."""
+        with self._explaining() as captured:
+            logits = output_logits(self.model(inputs))
+            true = _true_choice(targets, logits)
+            if eigen_smooth:
+                raw = captured.first_component(logits, true, false)
+            else:
+                raw = captured.maps(logits, true, false).difference
+        self.outputs = logits.detach()
+        return resize(raw, inputs.shape[2:])
+
+    def _augmented(
+        self, inputs: Tensor, targets: Targets, false: Choice, eigen_smooth: bool
+    ) -> Tensor:
+        with self._explaining() as captured:
+            logits = output_logits(self.model(inputs))
+            maps = captured.maps(logits, _true_choice(targets, logits), false)
+        if maps.true_from != "score":
+            targets = maps.true_class.cpu()
+        if not bool((maps.false_class == NO_CLASS).any()):
+            false = maps.false_class.cpu()
+        smoothed = [
+            transform.deaugment_mask(
+                self._raw(transform.augment_image(inputs), targets, false, eigen_smooth)[:, None]
+            )[:, 0]
+            for transform in self.tta_transforms
+        ]
+        return torch.stack(smoothed).mean(0)
+
+
+def _true_choice(targets: Targets, logits: Any) -> Choice:
+    """From grad-cam's targets to the true classes, or to the scores where one is no class."""
+    if targets is None or isinstance(targets, Tensor):
+        return targets
+    if not isinstance(targets, Sequence):
+        raise DiffsalError(
+            f"targets is a {type(targets).__name__}: pass a list with one target for each sample"
+        )
+    if len(targets) != len(logits):
+        raise DiffsalError(
+            f"{len(targets)} targets for a batch of {len(logits)}: pass one for each sample"
+        )
+    one_logit = logits.ndim == 1 or logits.shape[1] == 1
+    if any(isinstance(target, BinaryClassifierOutputTarget) for target in targets):
+        if not one_logit:
+            raise DiffsalError(
+                f"BinaryClassifierOutputTarget is for one logit, but the model returns "
+                f"{logits.shape[1]}: use ClassifierOutputTarget"
+            )
+        return [int(target.category == 1) for target in targets]
+    if not all(isinstance(target, _CLASS_TARGETS) for target in targets):
+        return targets
+    if one_logit:
+        raise DiffsalError(
+            f"{type(targets[0]).__name__} names one of several logits, but the model returns one: "
+            "use BinaryClassifierOutputTarget(0 or 1)"
+        )
+    return [int(target.category) for target in targets]
+
+
+def _on_cpu(choice: Choice) -> Choice:
+    """Labels on the CPU, where their range is checked."""
+    return choice.cpu() if isinstance(choice, Tensor) else choice

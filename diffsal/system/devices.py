@@ -1,0 +1,72 @@
+"""Where tensors live, and which of several processes this one is."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from diffsal.errors import DiffsalError
+
+__all__ = ["choose_device", "process_rank", "running"]
+
+
+def process_rank() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun sets them; else (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` to a device that is there.
+
+    ``auto`` takes CUDA, then MPS, then the CPU. Under torchrun, CUDA without a number is the
+    process's own GPU.
+
+    Raises:
+        DiffsalError: no such device, here or at all.
+    """
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DiffsalError(
+            f"device {name!r} is unknown: pass auto, cpu, cuda, cuda:N or mps"
+        ) from None
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    there = {
+        "cpu": True,
+        "cuda": (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(device.type, False):
+        raise DiffsalError(f"device {name!r} is not available on this machine: pass --device cpu")
+    return device
+
+
+@contextmanager
+def running(device: torch.device, size: Sequence[int], images: int) -> Iterator[None]:
+    """Turn what a model raises on inputs that it was not made for into one line.
+
+    Args:
+        device: where it runs.
+        size: height and width of the inputs, in pixels.
+        images: in one forward pass.
+
+    Raises:
+        DiffsalError: the model does not run on such inputs, or not on so many at once.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise DiffsalError(
+            f"{device} has no memory for {images} images at once: pass a smaller --batch-size"
+        ) from None
+    except (RuntimeError, ValueError, AssertionError) as error:
+        pixels = " x ".join(map(str, size))
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DiffsalError(
+            f"the model does not run on {pixels} inputs ({reason}): check --size and --arch"
+        ) from error

@@ -1,0 +1,67 @@
+"""Files that are either whole or not there: written beside their place, then renamed into it."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffsal.errors import DiffsalError
+
+__all__ = ["check_writable", "replacing", "write_json"]
+
+
+def check_writable(folder: Path) -> None:
+    """See, before any work is done, that files can be written to ``folder``; makes nothing.
+
+    Raises:
+        DiffsalError: they cannot.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise DiffsalError(f"{folder}: no folder that can be written to; name another --out")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a scratch path in the folder of ``path``; rename it to ``path`` on success.
+
+    On any exception, KeyboardInterrupt included, the scratch file is removed and what stood at
+    ``path`` before is untouched. The scratch name keeps the suffix, by which writers such as
+    matplotlib choose a format.
+
+    Raises:
+        DiffsalError: the folder cannot be made or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    except OSError as error:
+        raise DiffsalError(
+            f"{path}: cannot be written ({error.strerror}); name another --out"
+        ) from error
+    os.close(handle)
+    scratch = Path(name)
+    try:
+        yield scratch
+        umask = os.umask(0)
+        os.umask(umask)
+        scratch.chmod(0o666 & ~umask)  # mkstemp makes private files; ours are ordinary ones
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write ``value`` as JSON, on one line for an ``indent`` of ``None``.
+
+    NaN and infinities must have been replaced by None.
+    """
+    with replacing(path) as scratch:
+        scratch.write_text(
+            json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n",
+            encoding="utf-8",
+        )

@@ -1,0 +1,489 @@
+"""Losses that train with salience maps: Equations 2-5 of the paper, as modules and as functions.
+
+Each takes the maps of one forward pass (:meth:`diffsal.salience.capture.maps`, with the labels)
+and the batch's human maps, and contains the cross-entropy. All are weighted sums of terms that
+:meth:`SalienceLoss.terms` returns one by one. ``norm`` is :func:`diffsal.salience.normalize`, and
+MSE the mean over a map's cells. With one logit ``f = -t``, hence ``norm f = 1 - norm t``: both
+terms of Eq. 4 that hold human maps are the same number, and the last term of Eq. 5 is zero.
+
+**Human maps** (B, H, W) or (B, 1, H, W), for volumes (B, D, H, W) or (B, 1, D, H, W), are of any
+size, type (floating point, integer, bool) and scale. They are brought to the size of the model's
+maps first and normalised after. ``pool="area"`` averages what each cell covers, pixels that it
+covers partly by that part, so that the map's mean is kept whatever the two sizes; this is adaptive
+average pooling where the model's size divides the human's, and differs from it elsewhere (200 to 7:
+there, bins are widened to whole pixels). It reads the same way for a human map smaller than the
+model's. ``pool="max"`` takes the largest of the pixels that a cell touches: a defect of a few
+pixels disappears in an average over a cell of 32 x 32.
+
+**A sample without a human map** is marked by a map of NaN, so that batches stay tensors; ``None``
+stands for a batch without any. It contributes to the terms that need no human map alone, and so
+does one whose map holds nothing to learn from: constant at the model's size, or not finite.
+
+**Every term is the sum over the samples that contribute, divided by the batch size**, so that equal
+shards of a batch on several processes average to the joint batch's loss and gradient. Everything is
+computed in float32 (float64 for float64 maps), under autocast too, and without waiting for the
+device.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffsal.errors import DiffsalError
+from diffsal.salience import SalienceMaps, normalize
+
+__all__ = [
+    "LOSSES",
+    "BaselineSalienceLoss",
+    "ContrastSalienceLoss",
+    "CrossEntropyLoss",
+    "DifferenceSalienceLoss",
+    "PerClassSalienceLoss",
+    "Pool",
+    "SalienceLoss",
+    "baseline_salience_loss",
+    "contrast_salience_loss",
+    "cross_entropy_loss",
+    "difference_salience_loss",
+    "per_class_salience_loss",
+]
+
+Pool: TypeAlias = Literal["area", "max"]
+
+
+def cross_entropy_loss(maps: SalienceMaps, human_maps: Tensor | None) -> Tensor:
+    """CE alone; the functional form of :class:`CrossEntropyLoss`."""
+    return _weighted_sum(_cross_entropy_terms(maps), [1.0])
+
+
+def baseline_salience_loss(
+    maps: SalienceMaps,
+    human_maps: Tensor | None,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    pool: Pool = "area",
+) -> Tensor:
+    """α·CE + β·MSE(h, norm t), Eq. 2; the functional form of :class:`BaselineSalienceLoss`."""
+    return _weighted_sum(_baseline_terms(maps, human_maps, pool), [alpha, beta])
+
+
+def difference_salience_loss(
+    maps: SalienceMaps,
+    human_maps: Tensor | None,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    pool: Pool = "area",
+) -> Tensor:
+    """α·CE + β·MSE(h, norm(t - f)), Eq. 3; as :class:`DifferenceSalienceLoss`."""
+    return _weighted_sum(_difference_terms(maps, human_maps, pool), [alpha, beta])
+
+
+def per_class_salience_loss(
+    maps: SalienceMaps,
+    human_maps: Tensor | None,
+    alpha: float = 0.3,
+    beta: float = 0.3,
+    gamma: float = 0.3,
+    pool: Pool = "area",
+) -> Tensor:
+    """α·CE + β·MSE(h, norm t) + γ·MSE(1 - h, norm f), Eq. 4; as :class:`PerClassSalienceLoss`."""
+    return _weighted_sum(_per_class_terms(maps, human_maps, pool), [alpha, beta, gamma])
+
+
+def contrast_salience_loss(
+    maps: SalienceMaps,
+    human_maps: Tensor | None,
+    alpha: float = 0.3,
+    beta: float = 0.3,
+    gamma: float = 0.3,
+    pool: Pool = "area",
+    detach_target: bool = False,
+) -> Tensor:
+    """α·CE + β·MSE(h, norm t) + γ·MSE(1 - norm t, norm f), Eq. 5.
+
+    The functional form of :class:`ContrastSalienceLoss`.
+    """
+    terms = _contrast_terms(maps, human_maps, pool, detach_target)
+    return _weighted_sum(terms, [alpha, beta, gamma])
+
+
+class SalienceLoss(nn.Module):
+    """What the losses share: named terms, and their weighted sum.
+
+    Attributes:
+        weights: the weight of each term, by its name.
+    """
+
+    def __init__(self, **weights: float) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, maps: SalienceMaps, human_maps: Tensor | None) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            maps: of a batch of B samples, whose true classes are their labels.
+            human_maps: (B, H, W) or (B, 1, H, W), see the module; ``None``: there are none.
+
+        Raises:
+            DiffsalError: maps whose true class is not a label; human maps of another batch size,
+                number of axes or device.
+        """
+        return self.weighted_sum(self.terms(maps, human_maps))
+
+    def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
+        """The terms, unweighted scalars in the graph; arguments and errors as for the loss."""
+        raise NotImplementedError
+
+    def weighted_sum(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The loss from its terms, for those who log them: no term is computed twice."""
+        return _weighted_sum(terms, [self.weights[name] for name in terms])
+
+    def extra_repr(self) -> str:
+        """The weights, by term."""
+        return ", ".join(f"{name}={weight}" for name, weight in self.weights.items())
+
+
+class CrossEntropyLoss(SalienceLoss):
+    """Cross-entropy alone, called like the others: the reference that learns from no map.
+
+    ``CE = -log p(y)``, of the softmax over K logits or the sigmoid of one.
+
+    Term: ``cross_entropy``.
+
+    Shape:
+        maps of (B, h, w) with logits (B, K); human maps are ignored; the result is a scalar.
+
+    Example::
+
+        >>> from diffsal.salience import capture
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                       nn.Linear(4, 2))
+        >>> with capture(model) as captured:
+        ...     maps = captured.maps(model(torch.rand(3, 1, 9, 9)), true=[0, 1, 1])
+        >>> loss = CrossEntropyLoss()(maps, None)
+        >>> bool(loss == F.cross_entropy(maps.logits, torch.tensor([0, 1, 1])))
+        True
+    """
+
+    def __init__(self) -> None:
+        super().__init__(cross_entropy=1.0)
+
+    def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
+        """``cross_entropy``."""
+        return _cross_entropy_terms(maps)
+
+
+class BaselineSalienceLoss(SalienceLoss):
+    """Eq. 2, as CYBORG does it: the true class's map is to look like the human's.
+
+    ``α·CE + β·MSE(h, norm t)``
+
+    Terms: ``cross_entropy``, ``true``.
+
+    Shape:
+        maps of (B, h, w), human maps (B, H, W) or (B, 1, H, W) or ``None``; the result is a scalar.
+
+    Args:
+        alpha: weight of the cross-entropy.
+        beta: weight of the true map's term.
+        pool: how human maps are brought to the maps' size, ``area`` or ``max``.
+
+    Example::
+
+        >>> from diffsal.salience import capture
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                       nn.Linear(4, 2))
+        >>> human_maps = torch.zeros(3, 9, 9)
+        >>> human_maps[:, :, :4] = 1
+        >>> with capture(model) as captured:
+        ...     maps = captured.maps(model(torch.rand(3, 1, 9, 9)), true=[0, 1, 1])
+        >>> criterion = BaselineSalienceLoss()
+        >>> criterion(maps, human_maps).backward()
+        >>> list(criterion.terms(maps, human_maps))
+        ['cross_entropy', 'true']
+    """
+
+    def __init__(self, alpha: float = 0.5, beta: float = 0.5, pool: Pool = "area") -> None:
+        super().__init__(cross_entropy=alpha, true=beta)
+        self.pool = _check_pool(pool)
+
+    def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
+        """``cross_entropy`` and ``true``."""
+        return _baseline_terms(maps, human_maps, self.pool)
+
+
+class DifferenceSalienceLoss(SalienceLoss):
+    """Eq. 3: what decides between the classes is to lie where the human looked.
+
+    ``α·CE + β·MSE(h, norm(t - f))``
+
+    Terms: ``cross_entropy``, ``difference``.
+
+    Shape:
+        maps of (B, h, w), human maps (B, H, W) or (B, 1, H, W) or ``None``; the result is a scalar.
+
+    Args:
+        alpha: weight of the cross-entropy.
+        beta: weight of the difference map's term.
+        pool: how human maps are brought to the maps' size, ``area`` or ``max``.
+
+    Example::
+
+        >>> from diffsal.salience import capture
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                       nn.Linear(4, 2))
+        >>> defect = torch.zeros(3, 1, 90, 90, dtype=torch.uint8)
+        >>> defect[:, :, 40, 50] = 255
+        >>> with capture(model) as captured:
+        ...     maps = captured.maps(model(torch.rand(3, 1, 9, 9)), true=[0, 1, 1])
+        >>> DifferenceSalienceLoss(pool="max")(maps, defect).backward()
+    """
+
+    def __init__(self, alpha: float = 0.5, beta: float = 0.5, pool: Pool = "area") -> None:
+        super().__init__(cross_entropy=alpha, difference=beta)
+        self.pool = _check_pool(pool)
+
+    def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
+        """``cross_entropy`` and ``difference``."""
+        return _difference_terms(maps, human_maps, self.pool)
+
+
+class PerClassSalienceLoss(SalienceLoss):
+    """Eq. 4: the true map is to look like the human's, the false map like its complement.
+
+    ``α·CE + β·MSE(h, norm t) + γ·MSE(1 - h, norm f)``
+
+    Terms: ``cross_entropy``, ``true``, ``false``.
+
+    Shape:
+        maps of (B, h, w), human maps (B, H, W) or (B, 1, H, W) or ``None``; the result is a scalar.
+
+    Args:
+        alpha: weight of the cross-entropy.
+        beta: weight of the true map's term.
+        gamma: weight of the false map's term.
+        pool: how human maps are brought to the maps' size, ``area`` or ``max``.
+
+    Example::
+
+        >>> from diffsal.salience import capture
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                       nn.Linear(4, 2))
+        >>> human_maps = torch.rand(3, 9, 9)
+        >>> human_maps[1] = torch.nan  # the second sample has none
+        >>> with capture(model) as captured:
+        ...     maps = captured.maps(model(torch.rand(3, 1, 9, 9)), true=[0, 1, 1])
+        >>> PerClassSalienceLoss()(maps, human_maps).backward()
+    """
+
+    def __init__(
+        self, alpha: float = 0.3, beta: float = 0.3, gamma: float = 0.3, pool: Pool = "area"
+    ) -> None:
+        super().__init__(cross_entropy=alpha, true=beta, false=gamma)
+        self.pool = _check_pool(pool)
+
+    def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
+        """``cross_entropy``, ``true`` and ``false``."""
+        return _per_class_terms(maps, human_maps, self.pool)
+
+
+class ContrastSalienceLoss(SalienceLoss):
+    """Eq. 5: the true map is to look like the human's, the false map like the true's complement.
+
+    ``α·CE + β·MSE(h, norm t) + γ·MSE(1 - norm t, norm f)``
+
+    The last term needs no human map.
+
+    Terms: ``cross_entropy``, ``true``, ``contrast``.
+
+    Shape:
+        maps of (B, h, w), human maps (B, H, W) or (B, 1, H, W) or ``None``; the result is a scalar.
+
+    Args:
+        alpha: weight of the cross-entropy.
+        beta: weight of the true map's term.
+        gamma: weight of the term between the maps.
+        pool: how human maps are brought to the maps' size, ``area`` or ``max``.
+        detach_target: whether ``1 - norm t`` is a target only, which the last term does not move.
+            The paper does not say; its equation, read literally, moves both.
+
+    Example::
+
+        >>> from diffsal.salience import capture
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ...                       nn.Linear(4, 2))
+        >>> with capture(model) as captured:
+        ...     maps = captured.maps(model(torch.rand(3, 1, 9, 9)), true=[0, 1, 1])
+        >>> criterion = ContrastSalienceLoss()
+        >>> terms = criterion.terms(maps, torch.rand(3, 9, 9))
+        >>> criterion.weighted_sum(terms).backward()
+        >>> {name: term.item() for name, term in terms.items()}.keys()  # for the log
+        dict_keys(['cross_entropy', 'true', 'contrast'])
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.3,
+        beta: float = 0.3,
+        gamma: float = 0.3,
+        pool: Pool = "area",
+        detach_target: bool = False,
+    ) -> None:
+        super().__init__(cross_entropy=alpha, true=beta, contrast=gamma)
+        self.pool = _check_pool(pool)
+        self.detach_target = detach_target
+
+    def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
+        """``cross_entropy``, ``true`` and ``contrast``."""
+        return _contrast_terms(maps, human_maps, self.pool, self.detach_target)
+
+
+LOSSES: dict[str, type[SalienceLoss]] = {
+    "cross-entropy": CrossEntropyLoss,
+    "baseline": BaselineSalienceLoss,
+    "difference": DifferenceSalienceLoss,
+    "per-class": PerClassSalienceLoss,
+    "contrast": ContrastSalienceLoss,
+}
+
+
+def _cross_entropy_terms(maps: SalienceMaps) -> dict[str, Tensor]:
+    return {"cross_entropy": _cross_entropy(maps)}
+
+
+def _baseline_terms(maps: SalienceMaps, human_maps: Tensor | None, pool: Pool) -> dict[str, Tensor]:
+    human, present = _human(human_maps, maps.true, pool)
+    return {
+        "cross_entropy": _cross_entropy(maps),
+        "true": _mse(human, normalize(maps.true), present),
+    }
+
+
+def _difference_terms(
+    maps: SalienceMaps, human_maps: Tensor | None, pool: Pool
+) -> dict[str, Tensor]:
+    human, present = _human(human_maps, maps.true, pool)
+    return {
+        "cross_entropy": _cross_entropy(maps),
+        "difference": _mse(human, normalize(maps.difference), present),
+    }
+
+
+def _per_class_terms(
+    maps: SalienceMaps, human_maps: Tensor | None, pool: Pool
+) -> dict[str, Tensor]:
+    human, present = _human(human_maps, maps.true, pool)
+    return {
+        "cross_entropy": _cross_entropy(maps),
+        "true": _mse(human, normalize(maps.true), present),
+        "false": _mse(1 - human, normalize(maps.false), present),
+    }
+
+
+def _contrast_terms(
+    maps: SalienceMaps, human_maps: Tensor | None, pool: Pool, detach_target: bool
+) -> dict[str, Tensor]:
+    human, present = _human(human_maps, maps.true, pool)
+    true = normalize(maps.true)
+    target = 1 - (true.detach() if detach_target else true)
+    return {
+        "cross_entropy": _cross_entropy(maps),
+        "true": _mse(human, true, present),
+        "contrast": _mse(target, normalize(maps.false)),
+    }
+
+
+def _weighted_sum(terms: Mapping[str, Tensor], weights: Sequence[float]) -> Tensor:
+    pairs = zip(terms.values(), weights, strict=True)
+    return torch.stack([weight * term for term, weight in pairs]).sum()
+
+
+def _cross_entropy(maps: SalienceMaps) -> Tensor:
+    if maps.true_from != "label":
+        raise DiffsalError(
+            f"the maps' true class is the {maps.true_from}'s, not the label: a loss needs labels, "
+            "take the maps with captured.maps(logits, true=labels)"
+        )
+    logits = maps.logits.to(torch.promote_types(maps.logits.dtype, torch.float32))
+    if logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits[:, 0], maps.true_class.to(logits.dtype))
+    return F.cross_entropy(logits, maps.true_class)
+
+
+def _mse(target: Tensor, maps: Tensor, present: Tensor | None = None) -> Tensor:
+    """The mean over the batch of each present sample's mean over cells; an absent one counts 0."""
+    per_sample = F.mse_loss(maps, target, reduction="none").flatten(1).mean(1)
+    return (per_sample if present is None else per_sample.where(present, 0)).mean()
+
+
+def _human(human_maps: Tensor | None, like: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+    """Targets in [0, 1], shaped ``like`` the maps, 0 where there is none; and which (B,) are."""
+    if human_maps is None:
+        return torch.zeros_like(like), like.new_zeros(len(like), dtype=torch.bool)
+    human = _check_human(human_maps, like)
+    # float64 is out of reach of autocast and TF32, and what an average of equal values loses to
+    # rounding stays far below float32's, by which constant maps are told. MPS has no float64.
+    human = human.to(torch.float32 if human.device.type == "mps" else torch.float64)
+    pooled = _POOLS[_check_pool(pool)](human, like.shape[1:])
+    # 0 everywhere for a map that is constant to float32, else up to 1.
+    target = normalize(pooled, eps=torch.finfo(torch.float32).eps)
+    present = target.flatten(1).amax(1) > 0  # false for NaN, and so for infinity, too
+    target = target.where(present.view(-1, *[1] * (like.ndim - 1)), 0)
+    return target.to(like.dtype), present
+
+
+def _check_human(human_maps: Tensor, like: Tensor) -> Tensor:
+    """Human maps without their channel axis, if they fit the model's maps."""
+    shape = tuple(human_maps.shape)
+    if human_maps.ndim == like.ndim + 1 and shape[1] == 1:
+        human_maps = human_maps[:, 0]
+    if human_maps.ndim != like.ndim or len(human_maps) != len(like) or 0 in shape:
+        sides = "depth, height, width" if like.ndim == 4 else "height, width"
+        raise DiffsalError(
+            f"human maps have shape {shape} for a batch of {len(like)}: pass ({len(like)}, {sides})"
+            f" or ({len(like)}, 1, {sides}), with a map of NaN for a sample that has none"
+        )
+    if human_maps.is_complex():
+        raise DiffsalError(f"human maps have type {human_maps.dtype}: pass real numbers or bool")
+    if human_maps.device != like.device:
+        raise DiffsalError(
+            f"human maps are on {human_maps.device}, the model's maps on {like.device}: move them "
+            "there, as the images"
+        )
+    return human_maps
+
+
+def _check_pool(pool: Pool) -> Pool:
+    if pool not in _POOLS:
+        raise DiffsalError(f"pool {pool!r} is unknown: pass one of {', '.join(_POOLS)}")
+    return pool
+
+
+def _area(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """The mean of what each cell of a grid of ``size`` covers of maps (B, H, W) or (B, D, H, W)."""
+    for axis in reversed(range(1, maps.ndim)):  # the innermost first, which copies nothing
+        shares = _shares(maps.shape[axis], size[axis - 1], maps.dtype, maps.device)
+        maps = (maps.movedim(axis, -1) @ shares).movedim(-1, axis)
+    return maps
+
+
+@lru_cache(maxsize=16)  # the same at every training step
+def _shares(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(old, new): the share of each new cell that each old pixel covers."""
+    edges = torch.arange(new + 1)[:, None] * old  # in 1/new of a pixel
+    covered = (edges - torch.arange(old) * new).clamp(0, new).diff(dim=0)  # (new, old), exact
+    return (covered.T.to(dtype) / old).to(device)
+
+
+def _max(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """The largest of the pixels that each cell of a grid of ``size`` touches."""
+    pool = F.adaptive_max_pool2d if maps.ndim == 3 else F.adaptive_max_pool3d
+    return pool(maps[:, None], tuple(size))[:, 0]
+
+
+_POOLS = {"area": _area, "max": _max}

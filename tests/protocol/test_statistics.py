@@ -1,0 +1,582 @@
+"""Every number of the tables, computed again by other means from the samples' own scores."""
+
+import csv
+import io
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import auc, roc_curve
+
+from diffsal.tables import (
+    FORMATS,
+    Estimate,
+    Table,
+    aurocs,
+    holm,
+    make_tables,
+    mean_over_seeds,
+    mean_over_subsets,
+    paired_difference,
+    written,
+)
+
+METHODS = ("cross-entropy", "baseline", "contrast", "contrast-alpha-0.5")
+SUBSETS = ("a", "b", "c")
+SEEDS = (0, 1, 2, 3, 5)
+MEASURES = (
+    *("pointing_true", "pointing_difference", "energy_true", "energy_difference"),
+    *("marked_share", "common_mode_share"),
+)
+FOOLED = ("honest", "passively fooled", "head-shifted", "adaptively fooled")
+EDGES = ("edges_true", "edges_difference", "occlusion_true", "occlusion_difference")
+
+# The paper's Tables 3 and 4 (arXiv, Piland, Sweet, Czajka): means by subset, in its order.
+PAPER = {
+    "iris": {
+        "baseline": (0.685, 0.706, 0.730, 0.718, 0.887, 0.858, 0.919),
+        "difference": (0.662, 0.682, 0.710, 0.698, 0.880, 0.848, 0.912),
+        "per-class": (0.641, 0.649, 0.693, 0.675, 0.862, 0.838, 0.904),
+        "contrast": (0.691, 0.712, 0.735, 0.724, 0.889, 0.861, 0.920),
+    },
+    "face": {
+        "baseline": (0.376, 0.576, 0.637, 0.713, 0.602, 0.710),
+        "difference": (0.348, 0.555, 0.710, 0.804, 0.693, 0.797),
+        "per-class": (0.351, 0.576, 0.704, 0.801, 0.678, 0.796),
+        "contrast": (0.452, 0.557, 0.624, 0.715, 0.599, 0.707),
+    },
+}
+TABLE_2 = {
+    "iris": {
+        "baseline": (0.786, 0.091),
+        "difference": (0.770, 0.097),
+        "per-class": (0.752, 0.103),
+        "contrast": (0.790, 0.089),
+    },
+    "face": {
+        "baseline": (0.602, 0.029),
+        "difference": (0.651, 0.041),
+        "per-class": (0.651, 0.023),
+        "contrast": (0.609, 0.029),
+    },
+}
+
+
+def columns(generator, count, names):
+    return {
+        name: [
+            None if generator.random() < 0.2 else float(generator.random()) for _ in range(count)
+        ]
+        for name in names
+    }
+
+
+def job(method, subset, seed, count=24, logits=2):
+    generator = np.random.default_rng([METHODS.index(method), SUBSETS.index(subset), seed])
+    labels = [position % 2 for position in range(count)]
+    scores = (
+        generator.normal(size=(count, logits)) + np.array(labels)[:, None] * [-0.3, 0.8][-logits:]
+    )
+    return {
+        "task": "t",
+        "method": method,
+        "subset": subset,
+        "seed": seed,
+        "samples": {
+            "path": [f"{position}.png" for position in range(count)],
+            "label": labels,
+            "subset": [subset if label else "" for label in labels],
+        },
+        "models": {method: {"logits": scores.tolist(), **columns(generator, count, MEASURES)}},
+    }
+
+
+def fooling_job(seed, count=20):
+    generator = np.random.default_rng([99, seed])
+    return {
+        "task": "t",
+        "method": "fooling",
+        "subset": "",
+        "seed": seed,
+        "samples": {"label": [position % 2 for position in range(count)], "subset": [""] * count},
+        "models": {
+            name: {
+                "logits": generator.normal(size=(count, 2)).tolist(),
+                **columns(generator, count, (*EDGES, "common_mode_share")),
+            }
+            for name in FOOLED
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    grid = itertools.product(METHODS, SUBSETS, SEEDS)
+    return [job(*one) for one in grid] + [fooling_job(seed) for seed in SEEDS]
+
+
+@pytest.fixture(scope="module")
+def protocol():
+    return {
+        "methods": {name: {} for name in METHODS},
+        "tasks": {"t": {"subsets": list(SUBSETS)}},
+        "seeds": list(SEEDS),
+    }
+
+
+@pytest.fixture(scope="module")
+def tables(protocol, jobs):
+    return {table.name: table for table in make_tables(protocol, jobs)}
+
+
+def cells(table):
+    return {
+        (name, column): cell
+        for name, row in table.rows
+        for column, cell in zip(table.columns, row, strict=True)
+    }
+
+
+def area(labels, scores):
+    """AUROC by another road: the probability that a positive ranks above a negative."""
+    labels, scores = np.array(labels), np.array(scores, np.float64)
+    statistic = stats.mannwhitneyu(scores[labels == 1], scores[labels == 0]).statistic
+    return statistic / (labels.sum() * (1 - labels).sum())
+
+
+def margin_of(one, name=None):
+    logits = np.array(one["models"][name or one["method"]]["logits"])
+    return logits[:, 1] - logits[:, 0]
+
+
+def by_seed(jobs, method, subset):
+    """AUROC of each seed, from the samples."""
+    return {
+        one["seed"]: area(one["samples"]["label"], margin_of(one))
+        for one in jobs
+        if (one["method"], one["subset"]) == (method, subset)
+    }
+
+
+def overall(jobs, method):
+    areas = [by_seed(jobs, method, subset) for subset in SUBSETS]
+    return [float(np.mean([area[seed] for area in areas])) for seed in SEEDS]
+
+
+def close(cell, value, std=None):
+    assert math.isclose(cell.value, value, rel_tol=1e-12, abs_tol=1e-12)
+    if std is not None:
+        assert math.isclose(cell.std, std, rel_tol=1e-9, abs_tol=1e-12)
+
+
+# -------------------------------------------------------------------------------------- the tables
+
+
+def test_all_tables_are_there_once(tables):
+    assert list(tables) == [
+        *("overall", "subsets", "differences", "maps", "map-differences"),
+        *("fooling", "fooling-differences", "seeds"),
+    ]
+
+
+def test_single_seeds_are_the_areas_under_the_curve(tables, jobs):
+    found = cells(tables["seeds"])
+    assert len(found) == len(METHODS) * len(SUBSETS) * len(SEEDS)
+    for one in jobs:
+        if one["method"] in METHODS:
+            rates = roc_curve(one["samples"]["label"], margin_of(one))
+            cell = found[f"{one['method']}, {one['subset']}", f"seed {one['seed']}"]
+            close(cell, auc(*rates[:2]))
+
+
+def test_subsets(tables, jobs):
+    found = cells(tables["subsets"])
+    for method, subset in itertools.product(METHODS, SUBSETS):
+        areas = list(by_seed(jobs, method, subset).values())
+        close(found[method, subset], sum(areas) / len(areas), stats.tstd(areas))
+        assert found[method, subset].count == len(SEEDS)
+        means = overall(jobs, method)
+        close(found[method, "mean"], sum(means) / len(means), stats.tstd(means))
+
+
+def test_overall_has_both_spreads(tables, jobs):
+    found = cells(tables["overall"])
+    for method in METHODS:
+        means = overall(jobs, method)
+        of_subsets = [np.mean(list(by_seed(jobs, method, one).values())) for one in SUBSETS]
+        close(found["t, ± over seeds", method], np.mean(means), stats.tstd(means))
+        spread = math.sqrt(sum((one - np.mean(of_subsets)) ** 2 for one in of_subsets) / 3)
+        close(found["t, ± over subsets", method], np.mean(of_subsets), spread)
+
+
+def test_differences_are_paired_by_seed(tables, jobs):
+    found = cells(tables["differences"])
+    assert {name for name, _ in found} == set(METHODS) - {"baseline"}
+    p_values = {}
+    for method in sorted(set(METHODS) - {"baseline"}):
+        rows = {
+            "mean": np.subtract(overall(jobs, method), overall(jobs, "baseline")),
+            **{
+                subset: np.subtract(
+                    [by_seed(jobs, method, subset)[seed] for seed in SEEDS],
+                    [by_seed(jobs, "baseline", subset)[seed] for seed in SEEDS],
+                )
+                for subset in SUBSETS
+            },
+        }
+        for column, differences in rows.items():
+            cell = found[method, column]
+            close(cell, differences.mean())
+            half = stats.t.ppf(0.975, len(SEEDS) - 1) * stats.sem(differences)
+            assert math.isclose(cell.low, differences.mean() - half, abs_tol=1e-12)
+            assert math.isclose(cell.high, differences.mean() + half, abs_tol=1e-12)
+        p_values[method] = signed_rank(rows["mean"])
+        close(found[method, "p"], p_values[method])
+    for method, p in p_values.items():
+        # Holm by its definition: the largest of the multiplied p-values up to one's own rank.
+        smaller = [one for one in p_values.values() if one <= p]
+        multiplied = [one * sum(other >= one for other in p_values.values()) for one in smaller]
+        close(found[method, "p (Holm)"], min(1, max(multiplied)))
+
+
+def signed_rank(differences):
+    """Two-sided exact p-value, by going through all signs."""
+    ranks = stats.rankdata(np.abs(differences))
+    observed = ranks[differences > 0].sum()
+    all_signs = itertools.product((0, 1), repeat=len(ranks))
+    sums = np.array([np.dot(signs, ranks) for signs in all_signs])
+    return min(1.0, 2 * min((sums <= observed).mean(), (sums >= observed).mean()))
+
+
+def test_maps(tables, jobs):
+    table, of_cross_entropy = tables["maps"], {}
+    assert len(table.columns) == len(MEASURES)
+    found = cells(table)
+    for method, (measure, column) in itertools.product(
+        METHODS, zip(MEASURES, table.columns, strict=True)
+    ):
+        means = []
+        for seed in SEEDS:
+            of_seed = [one for one in jobs if (one["method"], one["seed"]) == (method, seed)]
+            values = [np.array(one["models"][method][measure], float) for one in of_seed]
+            means.append(np.mean([np.nanmean(one) for one in values]))
+        close(found[method, column], np.mean(means), np.std(means, ddof=1))
+        if method == "baseline":  # of METHODS the second, so what it is compared to comes first
+            first = cells(tables["map-differences"])["cross-entropy", column]
+            differences = np.subtract(of_cross_entropy[measure], means)
+            close(first, differences.mean())
+            half = stats.t.ppf(0.975, len(SEEDS) - 1) * stats.sem(differences)
+            assert math.isclose(first.high - first.low, 2 * half, rel_tol=1e-9)
+        elif method == "cross-entropy":
+            of_cross_entropy[measure] = means
+
+
+def test_fooling(tables, jobs):
+    found = cells(tables["fooling"])
+    fooled = [one for one in jobs if one["method"] == "fooling"]
+    for name in FOOLED:
+        areas = [area(one["samples"]["label"], margin_of(one, name)) for one in fooled]
+        close(found[name, "AUROC"], np.mean(areas), np.std(areas, ddof=1))
+        for measure, column in (
+            ("edges_true", "true → edges"),
+            ("edges_difference", "difference → edges"),
+            ("common_mode_share", "common-mode share"),
+            ("occlusion_true", "faithfulness, true"),
+            ("occlusion_difference", "faithfulness, difference"),
+        ):
+            means = [np.nanmean(np.array(one["models"][name][measure], float)) for one in fooled]
+            close(found[name, column], np.mean(means), np.std(means, ddof=1))
+        if name == "honest":
+            assert found[name, "told by share"] is None
+            assert found[name, "change"] is None
+            continue
+        told, changes = [], []
+        for one in fooled:
+            pair = [
+                [value for value in one["models"][which]["common_mode_share"] if value is not None]
+                for which in ("honest", name)
+            ]
+            told.append(area([0] * len(pair[0]) + [1] * len(pair[1]), [*pair[0], *pair[1]]))
+            logits = [np.array(one["models"][which]["logits"]) for which in ("honest", name)]
+            shares = [np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in logits]
+            changes.append(np.abs(shares[1] - shares[0]).max())
+        close(found[name, "told by share"], np.mean(told), np.std(told, ddof=1))
+        close(found[name, "change"], np.mean(changes), np.std(changes, ddof=1))
+
+
+def test_fooled_models_are_paired_with_the_honest_one(tables, jobs):
+    found = cells(tables["fooling-differences"])
+    assert {name for name, _ in found} == set(FOOLED[1:])
+    fooled = [one for one in jobs if one["method"] == "fooling"]
+    for name in FOOLED[1:]:
+        differences = [
+            np.nanmean(np.array(one["models"][name]["edges_true"], float))
+            - np.nanmean(np.array(one["models"]["honest"]["edges_true"], float))
+            for one in fooled
+        ]
+        cell = found[name, "true → edges"]
+        close(cell, np.mean(differences))
+        half = stats.t.ppf(0.975, len(SEEDS) - 1) * stats.sem(differences)
+        assert math.isclose(cell.high - cell.low, 2 * half, rel_tol=1e-9)
+        areas = [
+            area(one["samples"]["label"], margin_of(one, name))
+            - area(one["samples"]["label"], margin_of(one, "honest"))
+            for one in fooled
+        ]
+        close(found[name, "AUROC"], np.mean(areas))
+
+
+def test_an_unfinished_method_is_not_compared_by_other_subsets(protocol, jobs):
+    """Of chance, which does not depend on the method, no difference may come out."""
+    some = [
+        {**one, "models": {one["method"]: {**one["models"][one["method"]], "marked_share": share}}}
+        for one in jobs
+        if one["method"] in METHODS and (one["method"], one["subset"]) != ("contrast", "a")
+        for share in [[SUBSETS.index(one["subset"]) / 10] * 24]
+    ]
+    tables = {table.name: table for table in make_tables(protocol, some)}
+    found = cells(tables["map-differences"])
+    assert found["contrast", "chance"] is None
+    assert found["cross-entropy", "chance"].value == 0
+    assert cells(tables["maps"])["baseline", "chance"].value == pytest.approx(0.1)
+    assert cells(tables["subsets"])["contrast", "mean"] is None
+
+
+def test_maps_of_in_set_jobs_are_means_over_subsets_too(protocol):
+    one = job("baseline", "a", 0)
+    subsets = ["", "a", "", "a", "", "b"] * 4
+    values = [0.0, 0.6, 0.0, 0.6, 0.0, 0.9] * 4
+    models = {"baseline": {**one["models"]["baseline"], "energy_true": values}}
+    samples = {**one["samples"], "subset": subsets}
+    plan = {**protocol, "methods": {"baseline": {}}, "tasks": {"t": {"subsets": [""]}}}
+    tables = make_tables(plan, [{**one, "subset": "", "samples": samples, "models": models}])
+    found = cells(next(table for table in tables if table.name == "maps"))
+    # Each subset with the same twelve normals: 8 x 0.6 of 20, and 4 x 0.9 of 16.
+    expected = (8 * 0.6 / 20 + 4 * 0.9 / 16) / 2
+    assert found["baseline", "energy inside, true"].value == pytest.approx(expected)
+
+
+# --------------------------------------------------------------------------------- the paper's own
+
+
+@pytest.mark.parametrize(("task", "method"), [(t, m) for t in PAPER for m in PAPER[t]])
+def test_the_papers_subsets_give_its_table_2(task, method):
+    found = mean_over_subsets(PAPER[task][method])
+    mean, std = TABLE_2[task][method]
+    # The paper rounds the subsets' means before and the result after.
+    assert abs(found.value - mean) <= 0.001
+    if task == "iris":
+        assert abs(found.std - std) <= 0.001
+    else:  # what it prints for faces is no spread over subsets
+        assert found.std > 3 * std
+
+
+def test_the_papers_numbers_go_through_the_whole_table(protocol):
+    """Samples whose AUROC is the paper's mean, to a thousandth, aggregate to its Table 2."""
+    names = list(PAPER["iris"])
+    made = []
+    for method, values in PAPER["iris"].items():
+        for number, value in enumerate(values):
+            # 1,000 negatives between 0 and 1, and positives of which a share is above them all.
+            scores = [*np.linspace(0.1, 0.9, 1000), *([1.0] * round(1000 * value))]
+            scores += [0.0] * (1000 - round(1000 * value))
+            made.append(
+                {
+                    "task": "iris",
+                    "method": method,
+                    "subset": f"{number}",
+                    "seed": 0,
+                    "samples": {"label": [0] * 1000 + [1] * 1000, "subset": [""] * 2000},
+                    "models": {
+                        method: {
+                            "logits": [[0.0, score] for score in scores],
+                            **{name: [None] for name in MEASURES},
+                        }
+                    },
+                }
+            )
+    plan = {
+        "methods": {name: {} for name in names},
+        "tasks": {"iris": {"subsets": list("0123456")}},
+        "seeds": [0],
+    }
+    found = cells(make_tables(plan, made)[0])
+    for method in names:
+        cell = found["iris, ± over subsets", method]
+        assert abs(cell.value - TABLE_2["iris"][method][0]) <= 0.001
+        assert abs(cell.std - TABLE_2["iris"][method][1]) <= 0.001
+
+
+# --------------------------------------------------------------------------------------- statistics
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_keeps_order_and_never_lowers(p_values):
+    adjusted = holm(p_values)
+    assert all(a >= p for a, p in zip(adjusted, p_values, strict=True))
+    assert max(adjusted) <= 1
+    order = np.argsort(p_values, kind="stable")
+    assert np.all(np.diff(np.array(adjusted)[order]) >= 0)
+    assert adjusted[int(np.argmin(p_values))] == min(1, len(p_values) * min(p_values))
+
+
+def test_holm_of_a_textbook_example():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_what_has_no_spread_has_none():
+    assert mean_over_seeds([]) is None
+    assert mean_over_seeds([0.5]) == Estimate(0.5, None, count=1)
+    assert paired_difference({0: 0.5}, {0: 0.25}) == Estimate(0.25, count=1)
+    assert paired_difference({0: 0.5, 1: 0.5}, {0: 0.25, 1: 0.25}) == Estimate(0.25, count=2)
+    assert paired_difference({0: 0.5}, {1: 0.25}) is None
+
+
+def test_differences_use_the_seeds_that_both_have():
+    found = paired_difference({0: 0.9, 1: 0.8, 2: 0.1}, {0: 0.5, 1: 0.6, 7: 0.0})
+    assert found.count == 2
+    assert found.value == pytest.approx(0.3)
+
+
+def test_equal_methods_have_p_1(protocol, jobs):
+    twins = [one for one in jobs if one["method"] == "baseline"]
+    twins += [
+        {**one, "method": "contrast", "models": {"contrast": one["models"]["baseline"]}}
+        for one in twins
+    ]
+    plan = {**protocol, "methods": {"baseline": {}, "contrast": {}}}
+    found = cells(next(t for t in make_tables(plan, twins) if t.name == "differences"))
+    assert found["contrast", "mean"].value == 0
+    assert found["contrast", "p"].value == found["contrast", "p (Holm)"].value == 1
+
+
+# ------------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("score", ["margin", "softmax", "logit-1"])
+@pytest.mark.parametrize("logits", [1, 2])
+def test_scores(score, logits):
+    one = job("baseline", "a", 0, logits=logits)
+    values = np.array(one["models"]["baseline"]["logits"])
+    ranked = {
+        "margin": values[:, -1] - (values[:, 0] if logits == 2 else 0),
+        "softmax": 1 / (1 + np.exp(-(values[:, -1] - (values[:, 0] if logits == 2 else 0)))),
+        "logit-1": 1 / (1 + np.exp(-values[:, -1])),  # the CYBORG script's sigmoid
+    }
+    found = aurocs([one], score)["t"]["baseline"]["a"][0]
+    assert found == pytest.approx(area(one["samples"]["label"], ranked[score]))
+
+
+def test_noise_common_to_both_logits_ruins_logit_1_and_not_the_margin():
+    one = job("baseline", "a", 0, count=400)
+    logits = np.array(one["models"]["baseline"]["logits"])
+    noise = np.random.default_rng(0).normal(scale=50, size=(len(logits), 1))
+    noisy = {**one, "models": {"baseline": {"logits": (logits + noise).tolist()}}}
+    clean, ruined = (aurocs([each], "margin")["t"]["baseline"]["a"][0] for each in (one, noisy))
+    assert clean == ruined
+    assert aurocs([noisy], "logit-1")["t"]["baseline"]["a"][0] < clean - 0.1
+
+
+def test_in_set_jobs_test_each_subset_against_the_same_normals():
+    one = job("baseline", "a", 0)
+    labels = np.array(one["samples"]["label"])
+    subsets = ["" if not y else "ab"[position % 4 // 2] for position, y in enumerate(labels)]
+    one = {**one, "subset": "", "samples": {**one["samples"], "subset": subsets}}
+    found = aurocs([one])["t"]["baseline"]
+    for name in "ab":
+        chosen = [subset in ("", name) for subset in subsets]
+        expected = area(labels[chosen], margin_of(one)[chosen])
+        assert found[name][0] == pytest.approx(expected)
+    without = {**one, "samples": {**one["samples"], "subset": [""] * len(labels)}}
+    assert list(aurocs([without])["t"]["baseline"]) == ["in set"]
+
+
+def test_a_subset_that_is_tested_against_nothing_is_refused(refused):
+    one = job("baseline", "a", 0)
+    samples = {**one["samples"], "subset": ["b" if y else "a" for y in one["samples"]["label"]]}
+    with refused("all of one class"):
+        aurocs([{**one, "subset": "", "samples": samples}])
+
+
+def test_seeds_without_all_subsets_count_for_those_they_have(protocol, jobs):
+    some = [one for one in jobs if (one["subset"], one["seed"]) != ("c", 5)]
+    tables = {table.name: table for table in make_tables(protocol, some)}
+    found = cells(tables["subsets"])
+    assert found["baseline", "a"].count == 5
+    assert found["baseline", "c"].count == found["baseline", "mean"].count == 4
+    assert cells(tables["seeds"])["baseline, c", "seed 5"] is None
+
+
+def test_a_subset_that_nobody_has_done_yet_is_not_left_out_of_the_mean(protocol, jobs):
+    some = [one for one in jobs if one["subset"] != "c"]
+    table = next(table for table in make_tables(protocol, some) if table.name == "subsets")
+    assert table.columns == (*SUBSETS, "mean")
+    found = cells(table)
+    assert found["baseline", "b"] is not None
+    assert found["baseline", "c"] is found["baseline", "mean"] is None
+
+
+def test_another_baseline(protocol, jobs, refused):
+    tables = {t.name: t for t in make_tables(protocol, jobs, baseline="cross-entropy")}
+    assert "baseline" in dict(tables["differences"].rows)
+    with refused("no method 'x'"):
+        make_tables(protocol, jobs, baseline="x")
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def test_csv_and_json_lose_no_digit(tables):
+    given = list(tables.values())
+    rows = list(csv.DictReader(io.StringIO(written(given, "csv"))))
+    known = {
+        (table.name, *place): cell
+        for table in given
+        for place, cell in cells(table).items()
+        if cell is not None
+    }
+    assert len(rows) == len(known)
+    for row in rows:
+        cell = known[row["table"], row["row"], row["column"]]
+        assert float(row["value"]) == cell.value
+        assert row["std"] == ("" if cell.std is None else str(cell.std))
+    for table in json.loads(written(given, "json")):
+        for name, row in table["rows"].items():
+            for column, cell in row.items():
+                if cell is not None:
+                    assert Estimate(**cell) == known[table["name"], name, column]
+
+
+@pytest.mark.parametrize("form", ["text", "markdown", "latex"])
+def test_formats_for_people_round_and_name_their_spread(tables, form):
+    text = written(list(tables.values()), form)
+    cell = cells(tables["subsets"])["contrast", "a"]
+    sign = r"$\pm$" if form == "latex" else "±"
+    assert f"{cell.value:.3f} {sign} {cell.std:.3f}" in text
+    difference = cells(tables["differences"])["contrast", "mean"]
+    interval = f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    assert interval in text
+    for table in tables.values():
+        assert table.note.replace("±", sign).replace("→", r"$\to$" if form == "latex" else "→") in (
+            text.replace(r"\%", "%")
+        )
+
+
+def test_names_do_not_break_a_format():
+    odd = Table("seeds", "a|b", "a_b & c", "100 %", ("x|y_z",), (("m_1|2", (Estimate(0.5),)),))
+    latex = written([odd], "latex")
+    assert r"a\_b \& c" in latex
+    assert r"x|y\_z" in latex
+    assert r"x\|y_z" in written([odd], "markdown")
+    assert next(csv.DictReader(io.StringIO(written([odd], "csv"))))["task"] == "a|b"
+    assert set(FORMATS) == {"text", "markdown", "latex", "csv", "json"}
+
+
+def test_small_numbers_keep_their_digits():
+    table = Table("fooling", "t", "", "", ("change",), (("x", (Estimate(3e-7, 1e-7),)),))
+    assert "3.0e-07 ± 1.0e-07" in written([table], "text")
