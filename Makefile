@@ -3,30 +3,40 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types bench clean
+.PHONY: help demo test lint types bench surface clean
 
-demo: $(VENV)/installed
+help:  ## Show what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+
+demo: $(VENV)/run-time  ## Train a small network on digits and explain one
 	$(BIN)/diffsal demo
 
-test: $(VENV)/installed lint types
+test: lint types  ## ruff, mypy, pytest (docstrings' examples included)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/installed
+types: $(VENV)/installed  ## mypy, strict
 	$(BIN)/mypy
 
-bench: $(VENV)/installed
+bench: $(VENV)/installed  ## Ratios measured side by side, in minutes
 	$(BIN)/python benchmarks/explain.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/protocol.py
 
-$(VENV)/installed: pyproject.toml
+surface: $(VENV)/installed  ## Rewrite tests/api_surface.json after a change that is meant
+	$(BIN)/python tests/surface.py
+
+clean:  ## Remove what was made
+	rm -rf $(VENV) demo dist build .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/run-time: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-clean:
-	rm -rf $(VENV) demo dist build .mypy_cache .pytest_cache .ruff_cache
+$(VENV)/installed: $(VENV)/run-time
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

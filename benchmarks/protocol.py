@@ -29,9 +29,11 @@ import torch
 from PIL import Image
 
 from diffsal import capture
-from diffsal.losses import LOSSES
-from diffsal.models import build_model
-from diffsal.protocol import read_protocol, read_results, run
+from diffsal.models.architectures import build_model
+from diffsal.protocol.configuration import read_protocol
+from diffsal.protocol.jobs import run
+from diffsal.protocol.results import read_results
+from diffsal.training.losses import LOSSES
 
 AMP = {"none": None, "bf16": torch.bfloat16}
 

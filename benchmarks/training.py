@@ -31,7 +31,7 @@ from torch import Tensor
 from torchvision import models
 
 from diffsal import capture
-from diffsal.losses import ContrastSalienceLoss
+from diffsal.training.losses import ContrastSalienceLoss
 
 CRITERION = ContrastSalienceLoss()
 

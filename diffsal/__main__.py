@@ -1,5 +1,5 @@
 """``python -m diffsal`` and ``torchrun -m diffsal``."""
 
-from diffsal.cli import main
+from diffsal.cli.main import main
 
 main()

@@ -1,8 +1,7 @@
 """The demo: a small network trained on handwritten digits, and the command that explains it.
 
 The digits 3 and 8 differ by the left side alone, which an 8 closes. So anyone can see whether a
-map of the evidence for 8 against 3 is right.
-"""
+map of the evidence for 8 against 3 is right."""
 
 import shlex
 import subprocess
@@ -20,24 +19,12 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torchvision.models import EfficientNet_B0_Weights
 
+from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
-from diffsal.files import replacing
-from diffsal.images import Preprocessing
-from diffsal.models import build_model, save_checkpoint
-from diffsal.pretrained import PRETRAINED, pretrained_efficientnet_lite0
-
-__all__ = [
-    "ARCHITECTURE",
-    "ARGUMENTS",
-    "CLASSES",
-    "PREPROCESSING",
-    "Digits",
-    "digits",
-    "run_demo",
-    "train_digits",
-    "write_digits_demo",
-    "write_photographs_demo",
-]
+from diffsal.models.architectures import build_model
+from diffsal.models.checkpoints import save_checkpoint
+from diffsal.models.pretrained import PRETRAINED, pretrained_efficientnet_lite0
+from diffsal.system.files import replacing
 
 CLASSES = ("3", "8")
 ARCHITECTURE = "torchvision:DenseNet"

@@ -21,12 +21,13 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from diffsal import explain, load_model, save_checkpoint
-from diffsal.data import read_index
+from diffsal.data.index import read_index
 from diffsal.demo import ARCHITECTURE, ARGUMENTS, CLASSES, PREPROCESSING, digits, train_digits
-from diffsal.faithfulness import occlusion_drops, occlusion_faithfulness
-from diffsal.fooling import FINE_TUNING, fool, target_distance, target_map
-from diffsal.salience import SalienceMaps
-from diffsal.train import auroc
+from diffsal.faithfulness.perturbation import occlusion_drops, occlusion_faithfulness
+from diffsal.fooling.attack import FINE_TUNING, fool
+from diffsal.fooling.targets import target_distance, target_map
+from diffsal.maps.salience_maps import SalienceMaps
+from diffsal.training.loop import auroc
 
 ATTACKS: dict[str, dict[str, Any]] = {
     "head-shifted": {"method": "head-shift"},

@@ -11,7 +11,8 @@ from PIL import Image
 from pytorch_grad_cam.utils.image import show_cam_on_image
 
 from diffsal import DifferenceCAM, load_model
-from diffsal.images import Preprocessing, read_image
+from diffsal.data.images import read_image
+from diffsal.data.preprocessing import Preprocessing
 
 
 def main(image_path: Path, weights_path: Path, heatmap_path: Path) -> None:

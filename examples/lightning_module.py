@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from diffsal import PerClassSalienceLoss, capture
 from diffsal.demo import ARGUMENTS, digits
-from diffsal.models import build_model
+from diffsal.models.architectures import build_model
 
 
 class SalienceClassifier(lightning.LightningModule):  # type: ignore[misc]

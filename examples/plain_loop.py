@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from diffsal import ContrastSalienceLoss, capture, explain  # +
 from diffsal.demo import ARGUMENTS, digits
-from diffsal.losses import CrossEntropyLoss
-from diffsal.models import build_model
+from diffsal.models.architectures import build_model
+from diffsal.training.losses import CrossEntropyLoss
 
 
 def left_half(count: int) -> torch.Tensor:

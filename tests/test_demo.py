@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from diffsal import explain
-from diffsal.cli import main
+from diffsal.cli.main import main
 from diffsal.demo import digits, train_digits
 
 

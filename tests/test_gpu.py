@@ -7,7 +7,7 @@ import torch
 from torchvision.models import get_model
 
 from diffsal import DifferenceCAM, capture, explain
-from diffsal.losses import LOSSES
+from diffsal.training.losses import LOSSES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

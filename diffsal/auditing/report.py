@@ -2,12 +2,10 @@
 
 The page is ``templates/report.html``, filled in by jinja2, which escapes all that comes from
 outside. Plots are inline SVG in the page's own colours, so that they are legible in light, in dark
-and on paper; pictures are inline PNG.
-"""
+and on paper; pictures are inline PNG."""
 
 import base64
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,9 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffsal.images import read_image
-
-__all__ = ["data_uri", "picture", "render_report", "written"]
+from diffsal.auditing.rows import MEASURES_OF_MAPS
+from diffsal.auditing.wording import written
+from diffsal.data.images import read_image
 
 Columns: TypeAlias = Mapping[str, NDArray[np.float64]]
 Line: TypeAlias = tuple[str, Sequence[float], Sequence[float]]
@@ -35,12 +33,7 @@ _SCALES = {
     "probability difference": (-1.0, 1.0),
     "mean squared distance": (0.0, 1.0),
 }
-_OF_A_MAP = (
-    *("occlusion", "insertion", "deletion", "frame", "pointing", "energy", "iou"),
-    *("road", "randomised"),
-)
 _MAPS = {"true": "class map", "difference": "difference map", "neutral": ""}
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def render_report(
@@ -58,7 +51,7 @@ def render_report(
         stress: the same of single images ``before`` and ``after`` the stress test.
     """
     environment = Environment(
-        loader=PackageLoader("diffsal"),
+        loader=PackageLoader("diffsal.auditing"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -86,23 +79,6 @@ def data_uri(pixels: NDArray[np.uint8]) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def written(value: float | None) -> str:
-    """Three decimals, or a power of ten where these would say nothing."""
-    if value is None or math.isnan(value):
-        return "–"
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        text = f"{value + 0.0:.3f}"  # no -0
-    elif 1e-4 <= abs(value) < 1e-3:
-        text = f"{value:.4f}"
-    else:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        text = f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
-    return text.replace("-", "−")
-
-
-# ----------------------------------------------------------------------------------------- plots
 
 
 @dataclass(frozen=True)
@@ -209,7 +185,7 @@ def _plots(audit: Mapping[str, Any], columns: Columns) -> dict[str, list[Markup]
 def _kind(name: str) -> str:
     """Which map a number is of, by which it is coloured."""
     measure, _, kind = name.rpartition("_")
-    return kind if measure in _OF_A_MAP else "neutral"
+    return kind if measure in MEASURES_OF_MAPS else "neutral"
 
 
 def _histogram(

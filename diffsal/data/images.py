@@ -2,205 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
-from torch import Tensor
 
 from diffsal.errors import DiffsalError
 
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "IMAGE_SUFFIXES",
-    "Preprocessing",
-    "find_images",
-    "read_image",
-    "read_map",
-]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".dcm", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 )
 
 # Nothing else that Pillow knows is opened: some of its readers start other programs.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
-# The share of the resized image that a centre crop keeps in torchvision's ImageNet presets.
-CROP_SHARE = 224 / 256
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """From an image's pixels to a network's input, and from the network's maps back to the image.
-
-    Bit for bit what torchvision's ``Resize``, ``CenterCrop``, ``ToTensor`` and ``Normalize`` make
-    of a PIL image (bilinear, antialiased).
-
-    Args:
-        size: height and width of the network's input, in pixels.
-        resize: ``"squash"`` brings the whole image to ``size``, whatever its aspect ratio.
-            ``"crop"`` keeps the aspect ratio: the side that limits is resized to 256/224 of its
-            ``size``, then the centre is cut out.
-        mean, std: of red, green and blue, on the scale [0, 1].
-
-    Raises:
-        DiffsalError: a value that cannot be used; names the field.
-    """
-
-    size: tuple[int, int] = (224, 224)
-    resize: Literal["squash", "crop"] = "squash"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-
-    def __post_init__(self) -> None:
-        if not _numbers(self.size, 2, int) or min(self.size) <= 0:
-            raise _bad_field("size", self.size, "two positive whole numbers, height and width")
-        if self.resize not in ("squash", "crop"):
-            raise _bad_field("resize", self.resize, "'squash' or 'crop'")
-        if not _numbers(self.mean, 3, int, float):
-            raise _bad_field("mean", self.mean, "three finite numbers")
-        if not _numbers(self.std, 3, int, float) or min(self.std) <= 0:
-            raise _bad_field("std", self.std, "three positive finite numbers")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` undoes it."""
-        return {
-            "size": list(self.size),
-            "resize": self.resize,
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Preprocessing:
-        """Undo `to_dict`. Every field must be there: a silent default would be a wrong input.
-
-        Raises:
-            DiffsalError: a field that is missing, unknown, or of a value that cannot be used.
-        """
-        names = [field.name for field in fields(cls)]
-        if not isinstance(value, Mapping) or set(value) != set(names):
-            found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
-            raise DiffsalError(f"preprocessing: needs the fields {', '.join(names)}; found {found}")
-        arguments: dict[str, Any] = {
-            name: tuple(given) if isinstance(given, list) else given
-            for name, given in value.items()
-        }
-        return cls(**arguments)
-
-    def __call__(self, image: NDArray[np.uint8]) -> Tensor:
-        """Make the network's input.
-
-        Args:
-            image: (H0, W0, 3) uint8, RGB.
-
-        Returns:
-            (3, H, W) float32.
-
-        Raises:
-            DiffsalError: see `resized`.
-        """
-        pixels = torch.from_numpy(self.resized(image)).permute(2, 0, 1).contiguous()
-        mean = torch.tensor(self.mean, dtype=torch.float32).view(3, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float32).view(3, 1, 1)
-        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
-
-    def resized(self, pixels: NDArray[Any]) -> NDArray[Any]:
-        """Bring an image, or a human map that belongs to one, to the network's geometry.
-
-        Args:
-            pixels: an image (H0, W0, 3) uint8, or a map (H0, W0) float32.
-
-        Returns:
-            The same dtype, (H, W, 3) or (H, W).
-
-        Raises:
-            DiffsalError: the resized image would exceed Pillow's ``MAX_IMAGE_PIXELS``, as a very
-                elongated one does under ``"crop"``.
-        """
-        image = Image.fromarray(pixels)
-        (height, width), (top, left) = self._geometry(image.height, image.width)
-        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise DiffsalError(
-                f"{image.height} x {image.width} pixels would become {height} x {width}, more than "
-                "fits in memory; use --resize squash or a smaller --size"
-            )
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        return np.array(image.crop((left, top, left + self.size[1], top + self.size[0])))
-
-    def place(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        """Bring maps of the network's input back onto the original image, bilinearly.
-
-        Args:
-            maps: (..., h, w) floating point; any h and w that span the network's input.
-            size: height and width of the original image (H0, W0), in pixels.
-
-        Returns:
-            (..., H0, W0). Pixels that ``"crop"`` cut off, which the network never saw, are NaN.
-        """
-        resized, corner = self._geometry(*size)
-        rows, columns = (
-            # Of the resized image `cut` pixels from `start` on went in; here in original pixels.
-            _interpolation(full, count, start * full / whole, cut * full / whole)
-            .to(maps.dtype)
-            .to(maps.device)
-            for full, count, whole, start, cut in zip(
-                size, maps.shape[-2:], resized, corner, self.size, strict=True
-            )
-        )
-        return rows @ maps @ columns.T
-
-    def _geometry(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The size that an image is resized to, and there the top left corner of what is kept."""
-        if self.resize == "squash":
-            return self.size, (0, 0)
-        # As in torchvision: the side that limits is exact, the other is cut to whole pixels.
-        if height * self.size[1] <= width * self.size[0]:
-            short = round(self.size[0] / CROP_SHARE)
-            resized = (short, int(short * width / height))
-        else:
-            short = round(self.size[1] / CROP_SHARE)
-            resized = (int(short * height / width), short)
-        return resized, (
-            round((resized[0] - self.size[0]) / 2),
-            round((resized[1] - self.size[1]) / 2),
-        )
-
-
-def _bad_field(name: str, value: object, wanted: str) -> DiffsalError:
-    return DiffsalError(f"preprocessing: {name} must be {wanted}, not {value!r}")
-
-
-def _numbers(value: object, count: int, *kinds: type) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) == count
-        and all(type(number) in kinds and math.isfinite(number) for number in value)
-    )
-
-
-def _interpolation(full: int, count: int, offset: float, length: float) -> Tensor:
-    """The (full, count) matrix that spreads `count` samples over `length` of `full` pixels.
-
-    Linear between the samples' centres, constant beyond the outer ones; NaN where a pixel's
-    centre lies outside [offset, offset + length].
-    """
-    position = (torch.arange(full, dtype=torch.float64) + 0.5 - offset) / length
-    sample = (position * count - 0.5).clamp(0, count - 1)
-    weights = (1 - (sample[:, None] - torch.arange(count)).abs()).clamp(min=0)
-    weights[(position < 0) | (position > 1)] = torch.nan
-    return weights
 
 
 def find_images(paths: Sequence[Path], recursive: bool) -> list[Path]:
@@ -216,6 +35,13 @@ def find_images(paths: Sequence[Path], recursive: bool) -> list[Path]:
 
     Raises:
         DiffsalError: a path that is not there or cannot be read, or a folder without images.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.fromarray(np.full((2, 3), 255, np.uint8)).save(Path(folder, "a.png"))
+        ...     [path.name for path in find_images([Path(folder)], recursive=False)]
+        ['a.png']
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -263,6 +89,13 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     Raises:
         DiffsalError: a file that cannot be read or decoded whole, that is larger than Pillow's
             ``MAX_IMAGE_PIXELS``, or that holds several images (a JPEG's previews apart).
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.fromarray(np.full((2, 3), 255, np.uint8)).save(Path(folder, "a.png"))
+        ...     read_image(Path(folder, "a.png")).shape
+        (2, 3, 3)
     """
     with _opened(path) as stream:
         magic = stream.read(132)[128:]
@@ -291,6 +124,13 @@ def read_map(path: Path) -> NDArray[np.float32]:
 
     Raises:
         DiffsalError: as `read_image`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.fromarray(np.full((2, 3), 255, np.uint8)).save(Path(folder, "a.png"))
+        ...     read_map(Path(folder, "a.png")).max()
+        np.float32(1.0)
     """
     with _opened(path) as stream:
         image = _decode(stream)

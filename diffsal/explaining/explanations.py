@@ -1,6 +1,5 @@
 """Explain images: from files to pictures, maps and a manifest that tells all."""
 
-import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,21 +17,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffsal import __version__
-from diffsal.contrast import NO_CLASS, Choice, class_count, predicted_class, probabilities
-from diffsal.devices import process_rank, running
+from diffsal.data.images import read_image
+from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
-from diffsal.figures import Explanation, save_figure, save_overlays
-from diffsal.files import replacing, write_json
-from diffsal.images import Preprocessing, read_image
-from diffsal.models import LoadedModel
-from diffsal.salience import SalienceMaps, Weighting, explain, normalize
-
-__all__ = ["MANIFEST", "Outputs", "Settings", "explain_images"]
+from diffsal.explaining.figures import PANELS, save_figure, save_overlays
+from diffsal.explaining.records import (
+    NOT_FINITE,
+    Draft,
+    Record,
+    class_names,
+    draft,
+    failure,
+    identity,
+)
+from diffsal.maps.contrast import Choice, class_count
+from diffsal.maps.salience import explain
+from diffsal.maps.salience_maps import SalienceMaps
+from diffsal.maps.weightings import Weighting
+from diffsal.models.checkpoints import LoadedModel
+from diffsal.system.devices import process_rank, running
+from diffsal.system.files import replacing, write_json
 
 MANIFEST = "manifest.json"
 
 Map: TypeAlias = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
-Record: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,11 +60,15 @@ class Outputs:
     maps: bool = False
 
     def names(self, stem: str) -> list[str]:
-        """Every file name that is written for ``stem``."""
-        panels = ("true", "false", "difference", "evidence")
+        """Every file name that is written for ``stem``.
+
+        Example:
+            >>> Outputs(overlays=True).names("x")
+            ['x.png', 'x.true.png', 'x.false.png', 'x.difference.png', 'x.evidence.png']
+        """
         return [
             *([f"{stem}.png"] if self.figure else []),
-            *([f"{stem}.{panel}.png" for panel in panels] if self.overlays else []),
+            *([f"{stem}.{panel}.png" for panel in PANELS] if self.overlays else []),
             *([f"{stem}.npz"] if self.maps else []),
         ]
 
@@ -71,8 +83,8 @@ class Settings:
         classes: one name per class; ``None``: ``class 0`` and so on.
         true: the class taken as true, by name or index; ``None``: the prediction.
         false: by name or index, ``runner-up`` or ``rest``; ``None``: see
-            :func:`diffsal.contrast.contrast`.
-        weighting: see :class:`diffsal.salience.capture`.
+            :func:`diffsal.maps.contrast.contrast`.
+        weighting: see :class:`diffsal.maps.salience.capture`.
         batch_size: images in one forward pass.
         workers: processes that read images and draw pictures; 0: this process does it all.
         outputs: what is written for each image.
@@ -151,7 +163,7 @@ def _explain_all(
             written = iter(map_(write, list(_drafts(readable, loaded, settings))))
             for (path, _), pair in zip(batch, prepared, strict=True):
                 failed = isinstance(pair, DiffsalError)
-                yield _failure(path, pair) if failed else next(written)
+                yield failure(path, pair) if failed else next(written)
                 progress.update()
 
 
@@ -166,28 +178,17 @@ def _prepare(
         return error
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """An explained image, before its files are written."""
-
-    path: Path
-    stem: str
-    record: Record
-    explanation: Explanation
-    arrays: dict[str, NDArray[Any]]
-
-
 def _drafts(
     readable: Sequence[tuple[Path, str, NDArray[np.uint8], Tensor]],
     loaded: LoadedModel,
     settings: Settings,
-) -> Iterator[_Draft]:
+) -> Iterator[Draft]:
     if not readable:
         return
     maps = _maps(torch.stack([tensor for *_, tensor in readable]), loaded, settings)
     names = class_names(settings.classes, class_count(maps.logits))
     for index, (path, stem, image, _) in enumerate(readable):
-        yield _draft(path, stem, image, maps[index], names, settings)
+        yield draft(path, stem, image, maps[index], names, settings.preprocessing)
 
 
 def _maps(inputs: Tensor, loaded: LoadedModel, settings: Settings) -> SalienceMaps:
@@ -204,100 +205,21 @@ def _maps(inputs: Tensor, loaded: LoadedModel, settings: Settings) -> SalienceMa
     return maps.to("cpu")
 
 
-def _draft(
-    path: Path,
-    stem: str,
-    image: NDArray[np.uint8],
-    maps: SalienceMaps,
-    names: Sequence[str],
-    settings: Settings,
-) -> _Draft:
-    """What is told of one image; ``maps`` is a batch of one."""
-    raw = torch.cat([maps.true, maps.false, maps.difference])
-    placed = settings.preprocessing.place(raw, image.shape[:2])
-    share = probabilities(maps.logits.double())[0]
-    true, false = int(maps.true_class), int(maps.false_class)
-    predicted = int(predicted_class(maps.logits))
-    difference = maps.difference.double()
-    numbers = {
-        "margin": float(maps.margin),
-        "evidence_for": float(difference.clamp(min=0).sum()),
-        "evidence_against": float(difference.clamp(max=0).sum()),
-        "residual": float(maps.residual),
-        "common_mode_share": float(maps.common_mode_share),
-    }
-    explanation = Explanation(
-        title=path.name,
-        image=image,
-        true=placed[0].numpy(),
-        false=placed[1].numpy(),
-        difference=placed[2].numpy(),
-        cells=(raw.shape[-2], raw.shape[-1]),
-        true_name=names[true],
-        false_name="the rest" if false == NO_CLASS else names[false],
-        true_from=maps.true_from,
-        true_probability=float(share[true]),
-        false_probability=float(1 - share[true] if false == NO_CLASS else share[false]),
-        predicted_name=names[predicted],
-        predicted_probability=float(share[predicted]),
-        outputs=maps.logits.shape[1],
-        **numbers,
-    )
-    record = {
-        "path": str(path),
-        "logits": maps.logits[0].tolist(),
-        "probabilities": share.tolist(),
-        "predicted_class": predicted,
-        "predicted_name": names[predicted],
-        "true_class": true,
-        "true_name": explanation.true_name,
-        "true_from": maps.true_from,
-        "false_class": None if false == NO_CLASS else false,
-        "false_name": explanation.false_name,
-        **{name: None if math.isnan(value) else value for name, value in numbers.items()},
-    }
-    arrays = {
-        "true": raw[0],
-        "false": raw[1],
-        "difference": raw[2],
-        "true_normalized": _normalize_seen(placed[0]),
-        "false_normalized": _normalize_seen(placed[1]),
-        "difference_normalized": _normalize_seen(placed[2]),
-        "logits": maps.logits[0],
-        "true_class": maps.true_class[0],
-        "false_class": maps.false_class[0],
-    }
-    return _Draft(path, stem, record, explanation, {k: v.numpy() for k, v in arrays.items()})
-
-
-def _normalize_seen(placed: Tensor) -> Tensor:
-    """Normalise what the model saw; the rest stays NaN."""
-    seen = ~placed.isnan()
-    normalized = torch.full_like(placed, torch.nan)
-    if seen.any():  # nothing is, where the map is not finite
-        normalized[seen] = normalize(placed[seen][None])[0]
-    return normalized
-
-
-def _write(folder: Path, outputs: Outputs, draft: _Draft) -> Record:
+def _write(folder: Path, outputs: Outputs, made: Draft) -> Record:
     """Write one image's files and return its record."""
-    if not all(np.isfinite(draft.arrays[name]).all() for name in ("true", "false", "logits")):
-        return _failure(draft.path, "the model's logits or maps are not finite: check its weights")
+    if not all(np.isfinite(made.arrays[name]).all() for name in ("true", "false", "logits")):
+        return failure(made.path, NOT_FINITE)
     try:
         if outputs.figure:
-            save_figure(folder / f"{draft.stem}.png", draft.explanation)
+            save_figure(folder / f"{made.stem}.png", made.explanation)
         if outputs.overlays:
-            save_overlays(folder, draft.stem, draft.explanation)
+            save_overlays(folder, made.stem, made.explanation)
         if outputs.maps:
-            with replacing(folder / f"{draft.stem}.npz") as scratch:
-                np.savez_compressed(scratch, **draft.arrays)  # type: ignore[arg-type]
+            with replacing(folder / f"{made.stem}.npz") as scratch:
+                np.savez_compressed(scratch, **made.arrays)  # type: ignore[arg-type]
     except (OSError, DiffsalError) as error:
-        return _failure(draft.path, error)
-    return draft.record | {"files": outputs.names(draft.stem)}
-
-
-def _failure(path: Path, error: object) -> Record:
-    return {"path": str(path), "error": str(error).removeprefix(f"{path}: ")}
+        return failure(made.path, error)
+    return made.record | {"files": outputs.names(made.stem)}
 
 
 def _manifest(records: list[Record], loaded: LoadedModel, settings: Settings) -> dict[str, Any]:
@@ -305,13 +227,7 @@ def _manifest(records: list[Record], loaded: LoadedModel, settings: Settings) ->
         "format": "diffsal-explanations",
         "format_version": 1,
         "diffsal_version": __version__,
-        "model": {
-            "path": str(loaded.path),
-            "sha256": loaded.sha256,
-            "architecture": loaded.architecture,
-            "arguments": loaded.arguments,
-            "target_layer": loaded.target_layer.name,
-        },
+        "model": identity(loaded),
         "classes": None if settings.classes is None else list(settings.classes),
         "preprocessing": settings.preprocessing.to_dict(),
         "true": settings.true,
@@ -322,22 +238,6 @@ def _manifest(records: list[Record], loaded: LoadedModel, settings: Settings) ->
         "failed": sum("error" in record for record in records),
         "images": records,
     }
-
-
-def class_names(classes: Sequence[str] | None, count: int) -> list[str]:
-    """One name per class.
-
-    Raises:
-        DiffsalError: the number of names is not ``count``.
-    """
-    if classes is None:
-        return [f"class {index}" for index in range(count)]
-    if len(classes) != count:
-        raise DiffsalError(
-            f"{len(classes)} class names for a model of {count} classes: pass one for each with "
-            "--classes, in the order of the outputs"
-        )
-    return list(classes)
 
 
 def _class_choice(name: str | None, classes: Sequence[str] | None) -> Choice:

@@ -22,17 +22,6 @@ from torch import Tensor
 
 from diffsal.errors import DiffsalError
 
-__all__ = [
-    "NO_CLASS",
-    "Choice",
-    "Contrast",
-    "Score",
-    "class_count",
-    "contrast",
-    "predicted_class",
-    "probabilities",
-]
-
 Score: TypeAlias = Callable[[Tensor], Tensor]
 """One sample's output (K,) to a scalar, as grad-cam's targets are called."""
 
@@ -54,6 +43,11 @@ class Contrast:
         false_class: (B,) int64, :data:`NO_CLASS` for a callable and for the rest.
         true_from: where the true class comes from: a ``label`` that was given, the model's
             ``prediction``, or a ``score``, which is a callable that was given.
+
+    Example:
+        >>> scores = contrast(torch.tensor([[2.0, 0.5]]), true=1)
+        >>> scores.true_score, scores.false_score
+        (tensor([0.5000]), tensor([2.]))
     """
 
     true_score: Tensor
@@ -64,12 +58,23 @@ class Contrast:
 
 
 def class_count(logits: Tensor) -> int:
-    """Number of classes that ``logits`` (B, K) tell apart: 2 for one logit, else K."""
+    """Number of classes that ``logits`` (B, K) tell apart: 2 for one logit, else K.
+
+    Example:
+        >>> class_count(torch.zeros(4, 1)), class_count(torch.zeros(4, 5))
+        (2, 5)
+    """
     return max(logits.shape[1], 2)
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """Class probabilities (B, max(K, 2)): softmax, or both sides of the sigmoid of one logit."""
+    """Class probabilities (B, max(K, 2)): softmax, or both sides of the sigmoid of one logit.
+
+    Example:
+        >>> probabilities(torch.tensor([[0.0], [2.0]]))
+        tensor([[0.5000, 0.5000],
+                [0.1192, 0.8808]])
+    """
     if logits.shape[1] == 1:
         return torch.cat([torch.sigmoid(-logits), torch.sigmoid(logits)], dim=1)
     return logits.softmax(dim=1)
@@ -95,6 +100,13 @@ def contrast(logits: Tensor, true: Choice = None, false: Choice = None) -> Contr
     Raises:
         DiffsalError: logits that cannot be contrasted, a class out of range, a count of choices
             that is not B, true and false classes that are the same.
+
+    Example:
+        >>> logits = torch.tensor([[3.0, 1.0, 2.0]])
+        >>> contrast(logits).false_class  # the runner-up
+        tensor([2])
+        >>> contrast(logits, true=0, false="rest").false_score  # between 1 and 2, nearer to 2
+        tensor([1.7311])
     """
     logits = _as_logits(logits)
     size = logits.shape[0]
@@ -119,7 +131,14 @@ def contrast(logits: Tensor, true: Choice = None, false: Choice = None) -> Contr
 
 
 def predicted_class(logits: Tensor) -> Tensor:
-    """(B,) int64: the largest logit, or the sign of the only one."""
+    """(B,) int64: the largest logit, or the sign of the only one.
+
+    Example:
+        >>> predicted_class(torch.tensor([[-0.3], [0.3]]))
+        tensor([0, 1])
+        >>> predicted_class(torch.tensor([[2.0, 5.0]]))
+        tensor([1])
+    """
     if logits.shape[1] == 1:
         return (logits[:, 0] > 0).long()
     return logits.argmax(dim=1)

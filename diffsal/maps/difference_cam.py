@@ -17,22 +17,12 @@ from pytorch_grad_cam.utils.model_targets import (
 )
 from torch import Tensor, nn
 
-from diffsal.contrast import NO_CLASS, Choice, Score
 from diffsal.errors import DiffsalError
-from diffsal.salience import (
-    SalienceMaps,
-    Weighting,
-    capture,
-    evaluation_mode,
-    explain,
-    explaining,
-    normalize,
-    output_logits,
-    resize,
-)
-from diffsal.target_layers import Reshape, find_target_layer
-
-__all__ = ["DifferenceCAM"]
+from diffsal.maps.contrast import NO_CLASS, Choice, Score
+from diffsal.maps.salience import capture, evaluation_mode, explain, explaining, output_logits
+from diffsal.maps.salience_maps import SalienceMaps, normalize, resize
+from diffsal.maps.target_layers import Reshape, find_target_layer
+from diffsal.maps.weightings import Weighting
 
 Targets: TypeAlias = Sequence[Any] | Tensor | None
 
@@ -42,12 +32,6 @@ _CLASS_TARGETS = (ClassifierOutputTarget, ClassifierOutputSoftmaxTarget, Classif
 class DifferenceCAM(BaseCAM):  # type: ignore[misc]
     """The paper's Difference Salience (Eq. 1) as a drop-in for grad-cam's CAMs.
 
-    Example::
-
-        with DifferenceCAM(model, target_layers=[model.layer4]) as cam:
-            heatmap = cam(input_tensor=x, targets=None)     # float32 (B, H, W) in [0, 1]
-            maps = cam.maps(x, true=labels)                 # raw maps in logit units
-
     Unlike its parent it takes the maps in evaluation mode and leaves the model as it found it
     (training flags, ``.grad``, hooks), and no exception is swallowed.
 
@@ -55,11 +39,20 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
         model: any classifier that returns logits.
         target_layers: as in grad-cam; ``None``: the last spatial feature map is found.
         reshape_transform: as in grad-cam; torchvision's and timm's ViT and Swin need none.
-        false: what to set against the true class, see :func:`diffsal.contrast.contrast`.
-        weighting: see :class:`diffsal.salience.capture`.
+        false: what to set against the true class, see :func:`diffsal.maps.contrast.contrast`.
+        weighting: see :class:`diffsal.maps.salience.capture`.
 
     Raises:
-        DiffsalError: a model without parameters, and see :class:`diffsal.salience.capture`.
+        DiffsalError: a model without parameters, and see :class:`diffsal.maps.salience.capture`.
+
+    Example:
+        >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        >>> model, x = nn.Sequential(nn.Conv2d(3, 4, 3), *head), torch.rand(5, 3, 8, 8)
+        >>> with DifferenceCAM(model, target_layers=[model[0]]) as cam:
+        ...     heatmap = cam(input_tensor=x, targets=None)  # at the input's size, in [0, 1]
+        ...     maps = cam.maps(x, true=1)  # raw, in logit units
+        >>> heatmap.shape, heatmap.dtype, maps.difference.shape
+        ((5, 8, 8), dtype('float32'), torch.Size([5, 6, 6]))
     """
 
     def __init__(
@@ -88,11 +81,11 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
 
         Args:
             input_tensor: (B, C, H, W) or (B, C, D, H, W).
-            true: labels, see :func:`diffsal.contrast.contrast`; ``None``: the predictions.
+            true: labels, see :func:`diffsal.maps.contrast.contrast`; ``None``: the predictions.
             false: what to set against them; ``None``: what the constructor was given.
 
         Raises:
-            DiffsalError: see :func:`diffsal.salience.explain`.
+            DiffsalError: see :func:`diffsal.maps.salience.explain`.
         """
         return explain(
             self.model,
@@ -129,7 +122,7 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
 
         Raises:
             DiffsalError: too few or too many targets, a class out of range, targets that do not
-                suit the model's output, and see :func:`diffsal.salience.explain`.
+                suit the model's output, and see :func:`diffsal.maps.salience.explain`.
         """
         inputs = self._to_model(input_tensor)
         false = _on_cpu(self.false if false is None else false)

@@ -12,184 +12,30 @@ order leaves out. ``difference = true - false`` is Eq. 1 before normalisation.
 
 The same code explains and trains. Where the caller has gradients off, everything up to the layer
 runs without a graph, the graph begins at ``A``, and maps come back detached. Where gradients are
-on, ``A`` stays in the graph and maps are differentiable with respect to every parameter.
-"""
+on, ``A`` stays in the graph and maps are differentiable with respect to every parameter."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from itertools import chain
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffsal.contrast import Choice, Contrast, contrast
 from diffsal.errors import DiffsalError
-from diffsal.target_layers import Reshape, TargetLayer, find_target_layer, get_target_layer
+from diffsal.maps.contrast import Choice, Contrast, contrast
+from diffsal.maps.salience_maps import SalienceMaps
+from diffsal.maps.target_layers import Reshape, TargetLayer, find_target_layer, get_target_layer
+from diffsal.maps.weightings import WEIGHTINGS, Weighting, first_component, mean_over_layers
 
-__all__ = [
-    "Layers",
-    "NormalizedMaps",
-    "SalienceMaps",
-    "Weighting",
-    "capture",
-    "evaluation_mode",
-    "explain",
-    "explaining",
-    "normalize",
-    "output_logits",
-    "resize",
-]
-
-Weighting: TypeAlias = Literal["elementwise", "channel_mean", "xgrad"]
 Layers: TypeAlias = "TargetLayer | nn.Module | Sequence[TargetLayer | nn.Module] | None"
-
-
-_SMALLEST_SPAN = 1e-19  # its inverse, a factor of the gradient, is still finite in float32
-
-
-class NormalizedMaps(NamedTuple):
-    """Maps in [0, 1], each normalised by itself; (B, H, W) or (B, D, H, W)."""
-
-    true: Tensor
-    false: Tensor
-    difference: Tensor
-
-
-@dataclass(frozen=True)
-class SalienceMaps:
-    """What speaks for the true and for the false class, cell by cell.
-
-    Maps are raw and signed, in logit units per cell of the layer's grid, and at least float32. For
-    volumes, read (B, d, h, w) for (B, h, w).
-
-    Attributes:
-        true: (B, h, w), contributions to the true score.
-        false: (B, h, w), contributions to the false score.
-        logits: (B, K), what the model returned.
-        true_score: (B,) logit units.
-        false_score: (B,) logit units.
-        true_class: (B,) int64; -1 where the score is a callable.
-        false_class: (B,) int64; -1 where the score is a callable or the rest.
-        true_from: whether the true class is a ``label`` that was given, the ``prediction``, or
-            stands for a callable ``score``.
-    """
-
-    true: Tensor
-    false: Tensor
-    logits: Tensor
-    true_score: Tensor
-    false_score: Tensor
-    true_class: Tensor
-    false_class: Tensor
-    true_from: Literal["label", "prediction", "score"]
-
-    @property
-    def difference(self) -> Tensor:
-        """(B, h, w): ``true - false``, what softmax sees; Eq. 1 before normalisation."""
-        return self.true - self.false
-
-    @property
-    def common(self) -> Tensor:
-        """(B, h, w): ``(true + false) / 2``, what softmax cannot see of two classes' logits."""
-        return (self.true + self.false) / 2
-
-    @property
-    def margin(self) -> Tensor:
-        """(B,) logits: true score minus false score."""
-        return self.true_score - self.false_score
-
-    @property
-    def residual(self) -> Tensor:
-        """(B,) logits: the margin less the sum of the difference map.
-
-        The difference of the biases for a pooled linear head; for any other, also how far first
-        order is from the truth.
-        """
-        return self.margin - self.difference.flatten(1).sum(1)
-
-    @property
-    def common_mode_share(self) -> Tensor:
-        """(B,) in [0, 1]: var(common) / (var(common) + var(difference / 2)), over cells.
-
-        The part of the true map's variation that the decision does not depend on. NaN where both
-        are zero, and for one logit, whose common part is zero by construction.
-        """
-        common, half = (
-            map_.flatten(1).var(1, correction=0) for map_ in (self.common, self.difference / 2)
-        )
-        share = common / (common + half)
-        return torch.full_like(share, torch.nan) if self.logits.shape[1] == 1 else share
-
-    def normalized(self, size: Sequence[int] | None = None) -> NormalizedMaps:
-        """Each map resized to ``size`` (pixels), if given, and then normalised to [0, 1]."""
-        maps = (self.true, self.false, self.difference)
-        if size is not None:
-            maps = tuple(resize(map_, size) for map_ in maps)  # type: ignore[assignment]
-        return NormalizedMaps(*map(normalize, maps))
-
-    def __len__(self) -> int:
-        """B, the number of samples."""
-        return len(self.true)
-
-    def __getitem__(self, index: int | slice) -> "SalienceMaps":
-        """The maps of some samples, still as a batch."""
-        rows = range(len(self))[index]  # IndexError ends a loop over the samples
-        if isinstance(rows, int):
-            rows = range(rows, rows + 1)
-        return self._each(lambda tensor: tensor[rows.start : rows.stop : rows.step])
-
-    def to(self, device: torch.device | str) -> "SalienceMaps":
-        """The same maps on another device."""
-        return self._each(lambda tensor: tensor.to(device))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "SalienceMaps":
-        changed: dict[str, Any] = {
-            field.name: change(value)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **changed)
-
-
-def normalize(maps: Tensor, eps: float | None = None) -> Tensor:
-    """Min-max normalisation of each sample's map to [0, 1] (the paper's ``norm``).
-
-    A map that is constant up to rounding becomes 0, with finite gradients.
-
-    Args:
-        maps: (B, ...), floating point.
-        eps: the span, relative to the largest value, up to which a map is constant; ``None``:
-            eight roundings of the maps' type, which resizing a constant does not exceed.
-    """
-    flat = maps.flatten(1)
-    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
-    span = high - low
-    eps = 8 * torch.finfo(maps.dtype).eps if eps is None else eps
-    varies = span > (eps * torch.maximum(high, -low)).clamp(min=_SMALLEST_SPAN)
-    return ((flat - low) / span.where(varies, torch.inf)).view_as(maps)
-
-
-def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (B, h, w) or (B, d, h, w), interpolated linearly to ``size``; keeps values, not sums."""
-    mode = "bilinear" if maps.ndim == 3 else "trilinear"
-    return F.interpolate(maps[:, None], size=tuple(size), mode=mode, align_corners=False)[:, 0]
 
 
 class capture:  # noqa: N801 - a context, used like torch.no_grad
     """Record the target layers during forward passes, and turn logits into maps.
-
-    Example::
-
-        with capture(model) as captured:
-            logits = model(images)
-            maps = captured.maps(logits, true=labels)
-        loss = criterion(maps, human_maps)      # differentiable
-        loss.backward()
 
     With gradients off (``torch.no_grad``, ``torch.inference_mode``) maps come back detached, and
     the model runs without a graph up to the layer. The model is called by the caller; its training
@@ -210,6 +56,17 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
     Raises:
         DiffsalError: the model is compiled, was made in inference mode, or is wrapped in
             ``DistributedDataParallel(static_graph=True)``; a layer is not part of the model.
+
+    Example:
+        >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        >>> model, images = nn.Sequential(nn.Conv2d(3, 4, 3), *head), torch.rand(5, 3, 8, 8)
+        >>> with capture(model) as captured:
+        ...     logits = model(images)
+        ...     maps = captured.maps(logits, true=torch.tensor([0, 1, 1, 0, 1]))
+        >>> loss = (maps.difference - 1).square().mean()  # differentiable
+        >>> loss.backward()
+        >>> model[0].weight.grad.shape
+        torch.Size([4, 3, 3, 3])
     """
 
     def __init__(
@@ -221,10 +78,10 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
     ) -> None:
         self._layers = _as_layers(model, target_layers, reshape_transform)
         _check_model(model, self._layers)
-        if weighting not in _WEIGHTINGS:
-            known = ", ".join(_WEIGHTINGS)
+        if weighting not in WEIGHTINGS:
+            known = ", ".join(WEIGHTINGS)
             raise DiffsalError(f"weighting {weighting!r} is unknown: pass one of {known}")
-        self._weigh = _WEIGHTINGS[weighting]
+        self._weigh = WEIGHTINGS[weighting]
         self._activations: list[Tensor | None] = [None] * len(self._layers)
         self._stack = ExitStack()
         self._open = False
@@ -260,16 +117,16 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
 
         Args:
             logits: (B, K) or (B,), what the model returned.
-            true: labels, see :func:`diffsal.contrast.contrast`; ``None``: the predictions.
+            true: labels, see :func:`diffsal.maps.contrast.contrast`; ``None``: the predictions.
             false: what to set against them, see there.
 
         Raises:
-            DiffsalError: see :func:`diffsal.contrast.contrast`; a layer that did not run, whose
-                output is no feature map, or from which no gradient reaches the scores.
+            DiffsalError: see :func:`diffsal.maps.contrast.contrast`; a layer that did not run,
+                whose output is no feature map, or from which no gradient reaches the scores.
         """
         scores, layers = self._differentiate(logits, true, false)
         true_map, false_map = (
-            _mean_over_layers([contributions.sum(1) for contributions in one_score])
+            mean_over_layers([contributions.sum(1) for contributions in one_score])
             for one_score in layers
         )
         return self._finish(logits, scores, true_map, false_map)
@@ -283,7 +140,7 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         """
         _, (true_layers, false_layers) = self._differentiate(logits, true, false)
         differences = [t - f for t, f in zip(true_layers, false_layers, strict=True)]
-        return _mean_over_layers([_first_component(difference) for difference in differences])
+        return mean_over_layers([first_component(difference) for difference in differences])
 
     def _hook(self, index: int, layer: TargetLayer) -> Callable[[nn.Module, Any, Any], Tensor]:
         def record(module: nn.Module, inputs: Any, output: Any) -> Tensor:
@@ -421,7 +278,17 @@ def explaining(
     reshape_transform: Reshape | None = None,
     weighting: Weighting = "elementwise",
 ) -> Iterator[capture]:
-    """:class:`capture` in evaluation mode and without gradients; the model is left as it was."""
+    """:class:`capture` in evaluation mode and without gradients; the model is left as it was.
+
+    Example:
+        >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        >>> model, images = nn.Sequential(nn.Conv2d(3, 4, 3), *head), torch.rand(5, 3, 8, 8)
+        >>> with explaining(model) as captured:
+        ...     captured.maps(model(images)).true.requires_grad, model.training
+        (False, False)
+        >>> model.training
+        True
+    """
     with (
         evaluation_mode(model),
         torch.no_grad(),
@@ -445,25 +312,50 @@ def explain(
     Args:
         model: any classifier that returns logits, or an object with ``logits``.
         inputs: (B, C, H, W) or (B, C, D, H, W), on the model's device, of its dtype.
-        true: labels, see :func:`diffsal.contrast.contrast`; ``None``: the predictions.
+        true: labels, see :func:`diffsal.maps.contrast.contrast`; ``None``: the predictions.
         false: what to set against them, see there.
         target_layers: see :class:`capture`, as are the rest.
 
     Raises:
-        DiffsalError: see :class:`capture` and :func:`diffsal.contrast.contrast`.
+        DiffsalError: see :class:`capture` and :func:`diffsal.maps.contrast.contrast`.
+
+    Example:
+        >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), *head)
+        >>> maps = explain(model, torch.rand(5, 3, 8, 8), true=1)
+        >>> maps.difference.shape, maps.true_class
+        (torch.Size([5, 6, 6]), tensor([1, 1, 1, 1, 1]))
+        >>> sums = maps.true.sum((1, 2)) + head[-1].bias[1]  # of a pooled linear head, the logit
+        >>> torch.allclose(sums, maps.logits[:, 1], atol=1e-5)
+        True
     """
     with explaining(model, target_layers, reshape_transform, weighting) as captured:
         return captured.maps(output_logits(model(inputs)), true, false)
 
 
 def output_logits(output: Any) -> Any:
-    """The logits of a model's output: itself, or its ``logits`` (transformers, Inception)."""
+    """The logits of a model's output: itself, or its ``logits`` (transformers, Inception).
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> output_logits(SimpleNamespace(logits=torch.zeros(2, 3), loss=None)).shape
+        torch.Size([2, 3])
+    """
     return output if isinstance(output, Tensor) else getattr(output, "logits", output)
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and each back as it was."""
+    """Put every module in evaluation mode, and each back as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3).eval())
+        >>> with evaluation_mode(model):
+        ...     [module.training for module in model]
+        [False, False]
+        >>> [module.training for module in model]
+        [True, False]
+    """
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
@@ -472,65 +364,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _elementwise(activation: Tensor, gradient: Tensor) -> Tensor:
-    return activation * gradient
-
-
-def _channel_mean(activation: Tensor, gradient: Tensor) -> Tensor:
-    space = tuple(range(2, activation.ndim))
-    return activation * gradient.mean(space, keepdim=True)
-
-
-def _xgrad(activation: Tensor, gradient: Tensor) -> Tensor:
-    space = tuple(range(2, activation.ndim))
-    total = activation.sum(space, keepdim=True)
-    weighted = (activation * gradient).sum(space, keepdim=True)
-    return activation * (weighted / total.where(total != 0, 1))
-
-
-_WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "elementwise": _elementwise,
-    "channel_mean": _channel_mean,
-    "xgrad": _xgrad,
-}
-
-
-def _mean_over_layers(maps: list[Tensor]) -> Tensor:
-    if len(maps) == 1:
-        return maps[0]
-    with torch.autocast(maps[0].device.type, enabled=False):  # it would take products in half
-        return torch.stack(_on_finest_grid(maps)).mean(0)
-
-
-def _on_finest_grid(maps: list[Tensor]) -> list[Tensor]:
-    if len({map_.ndim for map_ in maps}) > 1:
-        raise DiffsalError("the target layers mix images and volumes: name layers of one kind")
-    size = [max(sizes) for sizes in zip(*(map_.shape[1:] for map_ in maps), strict=True)]
-    return [_spread(map_, size) for map_ in maps]
-
-
-def _spread(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring (B, h, w) maps to a finer grid; every cell's value is shared out, so sums stay.
-
-    Along each axis the shares are those of linear interpolation, scaled to add up to one.
-    """
-    for axis, (old, new) in enumerate(zip(maps.shape[1:], size, strict=True), start=1):
-        cells = torch.eye(old, dtype=maps.dtype, device=maps.device)
-        shares = F.interpolate(cells[None], size=new, mode="linear", align_corners=False)[0]
-        maps = torch.tensordot(maps.movedim(axis, -1), shares / shares.sum(1, keepdim=True), 1)
-        maps = maps.movedim(-1, axis)
-    return maps
-
-
-def _first_component(contributions: Tensor) -> Tensor:
-    cells = contributions.flatten(2).transpose(1, 2)
-    centred = cells - cells.mean(1, keepdim=True)
-    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
-    projection = left[:, :, 0] * singular[:, :1]
-    agrees = (projection * centred.sum(2)).sum(1, keepdim=True) >= 0
-    return torch.where(agrees, projection, -projection).reshape(contributions[:, 0].shape)
 
 
 def _check_model(model: nn.Module, layers: Sequence[TargetLayer]) -> None:

@@ -5,8 +5,7 @@ which they run: from the end, whatever belongs to the head (linear layers, pooli
 flattening, auxiliary classifiers) is passed over, and the first module that computes features over
 space is taken. Transformers of class tokens are known by their parts: at the norm after the last
 block the patch tokens have no influence any more (their gradient is exactly zero), so the norm at
-the entrance of the last block is the layer.
-"""
+the entrance of the last block is the layer."""
 
 import difflib
 import math
@@ -18,8 +17,6 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from diffsal.errors import DiffsalError
-
-__all__ = ["Reshape", "TargetLayer", "find_target_layer", "get_target_layer", "unwrap"]
 
 Reshape: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -49,6 +46,12 @@ class TargetLayer:
         name: dotted name within the model.
         module: the layer.
         reshape: brings the layer's output to (B, C, h, w); ``None`` where it is so already.
+
+    Example:
+        >>> import torch
+        >>> windows = TargetLayer("norm", nn.LayerNorm(96), channels_first)  # as of a Swin
+        >>> windows.reshape(windows.module(torch.zeros(1, 7, 7, 96))).shape
+        torch.Size([1, 96, 7, 7])
     """
 
     name: str
@@ -57,7 +60,12 @@ class TargetLayer:
 
 
 def unwrap(model: nn.Module) -> tuple[str, nn.Module]:
-    """Name prefix and module inside ``DataParallel`` and ``DistributedDataParallel``."""
+    """Name prefix and module inside ``DataParallel`` and ``DistributedDataParallel``.
+
+    Example:
+        >>> unwrap(nn.DataParallel(nn.Linear(2, 2)))
+        ('module.', Linear(in_features=2, out_features=2, bias=True))
+    """
     prefix = ""
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         prefix, model = prefix + "module.", model.module
@@ -69,6 +77,11 @@ def find_target_layer(model: nn.Module) -> TargetLayer:
 
     Raises:
         DiffsalError: no such layer is found; the message says how to name one.
+
+    Example:
+        >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+        >>> find_target_layer(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3), *head)).name
+        '1'
     """
     prefix, inner = unwrap(model)
     found = _token_layer(inner) or _last_features(inner)
@@ -85,6 +98,11 @@ def get_target_layer(model: nn.Module, name: str) -> TargetLayer:
 
     Raises:
         DiffsalError: there is no such layer; the message lists names near it.
+
+    Example:
+        >>> model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.ReLU())
+        >>> get_target_layer(model, "0.0").module
+        Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
     prefix, inner = unwrap(model)
     modules = {key: module for key, module in inner.named_modules() if key}
@@ -185,6 +203,11 @@ def tokens_to_grid(output: Tensor, prefix_tokens: int = 0) -> Tensor:
 
     Raises:
         DiffsalError: the patch tokens do not fill a square.
+
+    Example:
+        >>> import torch
+        >>> tokens_to_grid(torch.zeros(2, 1 + 14 * 14, 768), prefix_tokens=1).shape
+        torch.Size([2, 768, 14, 14])
     """
     patches = output[:, prefix_tokens:]
     side = math.isqrt(patches.shape[1])
@@ -197,5 +220,24 @@ def tokens_to_grid(output: Tensor, prefix_tokens: int = 0) -> Tensor:
 
 
 def channels_first(output: Tensor) -> Tensor:
-    """Channels-last features (B, ..., C) to (B, C, ...)."""
+    """Channels-last features (B, ..., C) to (B, C, ...).
+
+    Example:
+        >>> import torch
+        >>> channels_first(torch.zeros(2, 7, 5, 96)).shape
+        torch.Size([2, 96, 7, 5])
+    """
     return output.movedim(-1, 1)
+
+
+def in_copy(model: nn.Module, layer: TargetLayer) -> TargetLayer:
+    """The same layer of a copy of its model.
+
+    Example:
+        >>> from copy import deepcopy
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+        >>> copy = deepcopy(model)
+        >>> in_copy(copy, TargetLayer("0", model[0])).module is copy[0]
+        True
+    """
+    return replace(layer, module=model.get_submodule(layer.name))

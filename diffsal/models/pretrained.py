@@ -2,8 +2,7 @@
 
 The extra ``pretrained`` holds the weights under another implementation's names. Both list the same
 tensors in the order in which they run, so they are matched by order and shape and go into timm's
-``tf_efficientnet_lite0``, whose padding is the one that they were trained with.
-"""
+``tf_efficientnet_lite0``, whose padding is the one that they were trained with."""
 
 from typing import Any
 
@@ -11,8 +10,6 @@ import torch
 from torch import nn
 
 from diffsal.errors import DiffsalError
-
-__all__ = ["PRETRAINED", "pretrained_efficientnet_lite0"]
 
 PRETRAINED = "timm:tf_efficientnet_lite0"
 

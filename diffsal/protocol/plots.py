@@ -12,10 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffsal.figures import overlay
-from diffsal.files import replacing
-
-__all__ = ["save_aurocs", "save_fooling"]
+from diffsal.explaining.overlays import overlay
+from diffsal.system.files import replacing
 
 _COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 _MAPS = ("true", "false", "difference")

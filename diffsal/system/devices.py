@@ -8,8 +8,6 @@ import torch
 
 from diffsal.errors import DiffsalError
 
-__all__ = ["choose_device", "process_rank", "running"]
-
 
 def process_rank() -> tuple[int, int]:
     """This process's rank and the number of processes, as torchrun sets them; else (0, 1)."""

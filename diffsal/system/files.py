@@ -10,8 +10,6 @@ from typing import Any
 
 from diffsal.errors import DiffsalError
 
-__all__ = ["check_writable", "replacing", "write_json"]
-
 
 def check_writable(folder: Path) -> None:
     """See, before any work is done, that files can be written to ``folder``; makes nothing.

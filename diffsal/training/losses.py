@@ -1,10 +1,11 @@
 """Losses that train with salience maps: Equations 2-5 of the paper, as modules and as functions.
 
-Each takes the maps of one forward pass (:meth:`diffsal.salience.capture.maps`, with the labels)
-and the batch's human maps, and contains the cross-entropy. All are weighted sums of terms that
-:meth:`SalienceLoss.terms` returns one by one. ``norm`` is :func:`diffsal.salience.normalize`, and
-MSE the mean over a map's cells. With one logit ``f = -t``, hence ``norm f = 1 - norm t``: both
-terms of Eq. 4 that hold human maps are the same number, and the last term of Eq. 5 is zero.
+Each takes the maps of one forward pass (:meth:`diffsal.maps.salience.capture.maps`, with the
+labels) and the batch's human maps, and contains the cross-entropy. All are weighted sums of terms
+that :meth:`SalienceLoss.terms` returns one by one. ``norm`` is
+:func:`diffsal.maps.salience_maps.normalize`, and MSE the mean over a map's cells. With one logit
+``f = -t``, hence ``norm f = 1 - norm t``: both terms of Eq. 4 that hold human maps are the same
+number, and the last term of Eq. 5 is zero.
 
 **Human maps** (B, H, W) or (B, 1, H, W), for volumes (B, D, H, W) or (B, 1, D, H, W), are of any
 size, type (floating point, integer, bool) and scale. They are brought to the size of the model's
@@ -22,37 +23,17 @@ does one whose map holds nothing to learn from: constant at the model's size, or
 **Every term is the sum over the samples that contribute, divided by the batch size**, so that equal
 shards of a batch on several processes average to the joint batch's loss and gradient. Everything is
 computed in float32 (float64 for float64 maps), under autocast too, and without waiting for the
-device.
-"""
+device."""
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffsal.errors import DiffsalError
-from diffsal.salience import SalienceMaps, normalize
-
-__all__ = [
-    "LOSSES",
-    "BaselineSalienceLoss",
-    "ContrastSalienceLoss",
-    "CrossEntropyLoss",
-    "DifferenceSalienceLoss",
-    "PerClassSalienceLoss",
-    "Pool",
-    "SalienceLoss",
-    "baseline_salience_loss",
-    "contrast_salience_loss",
-    "cross_entropy_loss",
-    "difference_salience_loss",
-    "per_class_salience_loss",
-]
-
-Pool: TypeAlias = Literal["area", "max"]
+from diffsal.maps.salience_maps import SalienceMaps, normalize
+from diffsal.training.human_maps import Pool, check_pool, targets_for
 
 
 def cross_entropy_loss(maps: SalienceMaps, human_maps: Tensor | None) -> Tensor:
@@ -160,7 +141,7 @@ class CrossEntropyLoss(SalienceLoss):
 
     Example::
 
-        >>> from diffsal.salience import capture
+        >>> from diffsal.maps.salience import capture
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         ...                       nn.Linear(4, 2))
         >>> with capture(model) as captured:
@@ -195,7 +176,7 @@ class BaselineSalienceLoss(SalienceLoss):
 
     Example::
 
-        >>> from diffsal.salience import capture
+        >>> from diffsal.maps.salience import capture
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         ...                       nn.Linear(4, 2))
         >>> human_maps = torch.zeros(3, 9, 9)
@@ -210,7 +191,7 @@ class BaselineSalienceLoss(SalienceLoss):
 
     def __init__(self, alpha: float = 0.5, beta: float = 0.5, pool: Pool = "area") -> None:
         super().__init__(cross_entropy=alpha, true=beta)
-        self.pool = _check_pool(pool)
+        self.pool = check_pool(pool)
 
     def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
         """``cross_entropy`` and ``true``."""
@@ -234,7 +215,7 @@ class DifferenceSalienceLoss(SalienceLoss):
 
     Example::
 
-        >>> from diffsal.salience import capture
+        >>> from diffsal.maps.salience import capture
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         ...                       nn.Linear(4, 2))
         >>> defect = torch.zeros(3, 1, 90, 90, dtype=torch.uint8)
@@ -246,7 +227,7 @@ class DifferenceSalienceLoss(SalienceLoss):
 
     def __init__(self, alpha: float = 0.5, beta: float = 0.5, pool: Pool = "area") -> None:
         super().__init__(cross_entropy=alpha, difference=beta)
-        self.pool = _check_pool(pool)
+        self.pool = check_pool(pool)
 
     def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
         """``cross_entropy`` and ``difference``."""
@@ -271,7 +252,7 @@ class PerClassSalienceLoss(SalienceLoss):
 
     Example::
 
-        >>> from diffsal.salience import capture
+        >>> from diffsal.maps.salience import capture
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         ...                       nn.Linear(4, 2))
         >>> human_maps = torch.rand(3, 9, 9)
@@ -285,7 +266,7 @@ class PerClassSalienceLoss(SalienceLoss):
         self, alpha: float = 0.3, beta: float = 0.3, gamma: float = 0.3, pool: Pool = "area"
     ) -> None:
         super().__init__(cross_entropy=alpha, true=beta, false=gamma)
-        self.pool = _check_pool(pool)
+        self.pool = check_pool(pool)
 
     def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
         """``cross_entropy``, ``true`` and ``false``."""
@@ -314,7 +295,7 @@ class ContrastSalienceLoss(SalienceLoss):
 
     Example::
 
-        >>> from diffsal.salience import capture
+        >>> from diffsal.maps.salience import capture
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         ...                       nn.Linear(4, 2))
         >>> with capture(model) as captured:
@@ -335,7 +316,7 @@ class ContrastSalienceLoss(SalienceLoss):
         detach_target: bool = False,
     ) -> None:
         super().__init__(cross_entropy=alpha, true=beta, contrast=gamma)
-        self.pool = _check_pool(pool)
+        self.pool = check_pool(pool)
         self.detach_target = detach_target
 
     def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
@@ -357,7 +338,7 @@ def _cross_entropy_terms(maps: SalienceMaps) -> dict[str, Tensor]:
 
 
 def _baseline_terms(maps: SalienceMaps, human_maps: Tensor | None, pool: Pool) -> dict[str, Tensor]:
-    human, present = _human(human_maps, maps.true, pool)
+    human, present = targets_for(human_maps, maps.true, pool)
     return {
         "cross_entropy": _cross_entropy(maps),
         "true": _mse(human, normalize(maps.true), present),
@@ -367,7 +348,7 @@ def _baseline_terms(maps: SalienceMaps, human_maps: Tensor | None, pool: Pool) -
 def _difference_terms(
     maps: SalienceMaps, human_maps: Tensor | None, pool: Pool
 ) -> dict[str, Tensor]:
-    human, present = _human(human_maps, maps.true, pool)
+    human, present = targets_for(human_maps, maps.true, pool)
     return {
         "cross_entropy": _cross_entropy(maps),
         "difference": _mse(human, normalize(maps.difference), present),
@@ -377,7 +358,7 @@ def _difference_terms(
 def _per_class_terms(
     maps: SalienceMaps, human_maps: Tensor | None, pool: Pool
 ) -> dict[str, Tensor]:
-    human, present = _human(human_maps, maps.true, pool)
+    human, present = targets_for(human_maps, maps.true, pool)
     return {
         "cross_entropy": _cross_entropy(maps),
         "true": _mse(human, normalize(maps.true), present),
@@ -388,7 +369,7 @@ def _per_class_terms(
 def _contrast_terms(
     maps: SalienceMaps, human_maps: Tensor | None, pool: Pool, detach_target: bool
 ) -> dict[str, Tensor]:
-    human, present = _human(human_maps, maps.true, pool)
+    human, present = targets_for(human_maps, maps.true, pool)
     true = normalize(maps.true)
     target = 1 - (true.detach() if detach_target else true)
     return {
@@ -419,71 +400,3 @@ def _mse(target: Tensor, maps: Tensor, present: Tensor | None = None) -> Tensor:
     """The mean over the batch of each present sample's mean over cells; an absent one counts 0."""
     per_sample = F.mse_loss(maps, target, reduction="none").flatten(1).mean(1)
     return (per_sample if present is None else per_sample.where(present, 0)).mean()
-
-
-def _human(human_maps: Tensor | None, like: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """Targets in [0, 1], shaped ``like`` the maps, 0 where there is none; and which (B,) are."""
-    if human_maps is None:
-        return torch.zeros_like(like), like.new_zeros(len(like), dtype=torch.bool)
-    human = _check_human(human_maps, like)
-    # float64 is out of reach of autocast and TF32, and what an average of equal values loses to
-    # rounding stays far below float32's, by which constant maps are told. MPS has no float64.
-    human = human.to(torch.float32 if human.device.type == "mps" else torch.float64)
-    pooled = _POOLS[_check_pool(pool)](human, like.shape[1:])
-    # 0 everywhere for a map that is constant to float32, else up to 1.
-    target = normalize(pooled, eps=torch.finfo(torch.float32).eps)
-    present = target.flatten(1).amax(1) > 0  # false for NaN, and so for infinity, too
-    target = target.where(present.view(-1, *[1] * (like.ndim - 1)), 0)
-    return target.to(like.dtype), present
-
-
-def _check_human(human_maps: Tensor, like: Tensor) -> Tensor:
-    """Human maps without their channel axis, if they fit the model's maps."""
-    shape = tuple(human_maps.shape)
-    if human_maps.ndim == like.ndim + 1 and shape[1] == 1:
-        human_maps = human_maps[:, 0]
-    if human_maps.ndim != like.ndim or len(human_maps) != len(like) or 0 in shape:
-        sides = "depth, height, width" if like.ndim == 4 else "height, width"
-        raise DiffsalError(
-            f"human maps have shape {shape} for a batch of {len(like)}: pass ({len(like)}, {sides})"
-            f" or ({len(like)}, 1, {sides}), with a map of NaN for a sample that has none"
-        )
-    if human_maps.is_complex():
-        raise DiffsalError(f"human maps have type {human_maps.dtype}: pass real numbers or bool")
-    if human_maps.device != like.device:
-        raise DiffsalError(
-            f"human maps are on {human_maps.device}, the model's maps on {like.device}: move them "
-            "there, as the images"
-        )
-    return human_maps
-
-
-def _check_pool(pool: Pool) -> Pool:
-    if pool not in _POOLS:
-        raise DiffsalError(f"pool {pool!r} is unknown: pass one of {', '.join(_POOLS)}")
-    return pool
-
-
-def _area(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """The mean of what each cell of a grid of ``size`` covers of maps (B, H, W) or (B, D, H, W)."""
-    for axis in reversed(range(1, maps.ndim)):  # the innermost first, which copies nothing
-        shares = _shares(maps.shape[axis], size[axis - 1], maps.dtype, maps.device)
-        maps = (maps.movedim(axis, -1) @ shares).movedim(-1, axis)
-    return maps
-
-
-@lru_cache(maxsize=16)  # the same at every training step
-def _shares(old: int, new: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(old, new): the share of each new cell that each old pixel covers."""
-    edges = torch.arange(new + 1)[:, None] * old  # in 1/new of a pixel
-    covered = (edges - torch.arange(old) * new).clamp(0, new).diff(dim=0)  # (new, old), exact
-    return (covered.T.to(dtype) / old).to(device)
-
-
-def _max(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """The largest of the pixels that each cell of a grid of ``size`` touches."""
-    pool = F.adaptive_max_pool2d if maps.ndim == 3 else F.adaptive_max_pool3d
-    return pool(maps[:, None], tuple(size))[:, 0]
-
-
-_POOLS = {"area": _area, "max": _max}

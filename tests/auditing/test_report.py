@@ -10,12 +10,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from auditing.samples import NAMES, SCRIPT, loaded_model, settings, write_index
 from PIL import Image
-from test_audit import NAMES, SCRIPT, loaded_model, settings, write_index
 
-from diffsal.audit import audit
-from diffsal.data import read_index
-from diffsal.report import picture, written
+from diffsal.auditing.report import picture, written
+from diffsal.auditing.run import audit
+from diffsal.data.index import read_index
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 QUIET = (

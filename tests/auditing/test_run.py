@@ -5,84 +5,39 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from auditing.samples import (
+    NAMES,
+    PREPROCESSING,
+    SCRIPT,
+    loaded_model,
+    model_file,
+    settings,
+    write_index,
+)
 from PIL import Image
 from scipy import stats
-from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-import diffsal.audit
-from diffsal.audit import Settings, audit
-from diffsal.data import ImageDataset, Index, Sample, read_index
-from diffsal.faithfulness import occlusion_drops, occlusion_faithfulness
-from diffsal.findings import COLUMNS, Measured, _occlusion, compare
-from diffsal.fooling import head_shift
-from diffsal.images import Preprocessing
-from diffsal.models import LoadedModel, build_model, load_model, save_checkpoint
-from diffsal.report import written
-from diffsal.salience import explain
-from diffsal.target_layers import find_target_layer
+import diffsal.auditing.measure
+import diffsal.auditing.run
+import diffsal.auditing.stress
+from diffsal.auditing.report import written
+from diffsal.auditing.rows import COLUMNS
+from diffsal.auditing.run import audit
+from diffsal.data.datasets import ImageDataset
+from diffsal.data.index import Index, Sample, read_index
+from diffsal.faithfulness.perturbation import occlusion_drops, occlusion_faithfulness
+from diffsal.fooling.head_shift import head_shift
+from diffsal.maps.salience import explain
+from diffsal.maps.target_layers import find_target_layer
+from diffsal.models.checkpoints import load_model
 
-NAMES = ("3", "8", "5")
-PREPROCESSING = Preprocessing(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-SCRIPT = "<script>alert(1)<&script>.png"
-DOCUMENTATION = Path(__file__).parents[1] / "docs" / "audit.md"
-
-
-def settings(**options):
-    defaults = {"subset": 2, "batch_size": 64}
-    return Settings(PREPROCESSING, torch.device("cpu"), **defaults | options)
-
-
-def write_index(folder, per_class=(10, 10), maps=True, splits=()):
-    """Digits as PNG files, human maps for the second class, and an index; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = load_digits()
-    half = np.zeros((32, 32), np.uint8)
-    half[:, :16] = 255
-    Image.fromarray(half).save(folder / "left.png")
-    lines = [["path", "label", *(["map"] if maps else []), *(["split"] if splits else [])]]
-    for name, count in zip(NAMES, per_class, strict=False):
-        for number, digit in enumerate(data.images[data.target == int(name)][:count]):
-            file = f"{name}-{number}.png" if (name, number) != ("3", 1) else SCRIPT
-            Image.fromarray((digit * 15).astype(np.uint8)).resize((32, 32)).save(folder / file)
-            line = [file, name]
-            if maps:
-                line.append("left.png" if name == "8" else "")
-            if splits:
-                line.append(splits[number % len(splits)])
-            lines.append(line)
-    with (folder / "index.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(lines)
-    return folder / "index.csv"
-
-
-def model_file(path, outputs=2, seed=0):
-    """A small DenseNet with maps of 4 x 4 cells, untrained."""
-    torch.manual_seed(seed)
-    arguments = {"growth_rate": 4, "block_config": (1, 1), "num_init_features": 8}
-    arguments["num_classes"] = outputs
-    model = build_model("torchvision:DenseNet", arguments)
-    nn.init.normal_(model.classifier.weight)
-    classes = NAMES[:outputs] if 1 < outputs <= len(NAMES) else None
-    save_checkpoint(
-        path,
-        model,
-        architecture="torchvision:DenseNet",
-        arguments=arguments,
-        classes=classes,
-        preprocessing=PREPROCESSING,
-    )
-    return path
-
-
-def loaded_model(folder, **options) -> LoadedModel:
-    return load_model(model_file(folder / "weights.pt", **options))
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "audit.md"
 
 
 def read_rows(path):
@@ -248,20 +203,6 @@ def test_reference_is_measured_on_the_same_images(audited):
     assert "Beside the reference" in audited.page
 
 
-def test_only_images_that_both_models_could_be_measured_on_are_compared():
-    def measured(**correct):
-        return Measured(
-            rows=[{"path": k, "predicted": "a", "correct": v} for k, v in correct.items()]
-        )
-
-    accuracy = compare(measured(x=1, y=0, z=1), measured(y=1, z=1, w=0))["numbers"][0]
-    assert {who: (one["mean"], one["n"]) for who, one in accuracy.items()} == {
-        "model": (0.5, 2),
-        "reference": (1, 2),
-        "difference": (-0.5, 2),
-    }
-
-
 def test_gallery_shows_what_it_says(audited):
     table = audited.table
     shown = {group["id"]: group["images"] for group in audited.json["gallery"]}
@@ -332,25 +273,6 @@ def test_a_head_shifted_model_is_told_apart(audited, tmp_path):
     assert result["reference"]["agreement"]["mean"] == 1
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "words", "other"),
-    [
-        (0.1, 0.3, "The more the difference map marks a cell, the more", "is the more faithful"),
-        (-0.1, 0.3, "No relation was found", "no difference between the two was found"),
-        (-0.3, -0.1, "raises the margin, against what it claims", "the class map is the more"),
-        (None, None, "No relation was found", "no difference between the two was found"),
-    ],
-)
-def test_words_follow_the_interval(low, high, words, other):
-    number = {"mean": 0.0, "low": low, "high": high, "n": 9}
-    says = _occlusion(SimpleNamespace(number=lambda *_: number))["says"]
-    assert words in says
-    assert other in says
-
-
-# ------------------------------------------------------------------------- data and interruptions
-
-
 def test_the_test_split_is_audited_and_the_training_split_makes_the_vector(tmp_path):
     source = write_index(tmp_path / "data", (12, 12), maps=False, splits=("train", "test"))
     index = read_index(source, classes=NAMES[:2])
@@ -388,7 +310,7 @@ def test_an_interrupted_audit_leaves_what_was_there(tmp_path, monkeypatch):
     def interrupt(*_arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(diffsal.audit, "render_report", interrupt)
+    monkeypatch.setattr(diffsal.auditing.run, "render_report", interrupt)
     with pytest.raises(KeyboardInterrupt):
         audit(index, loaded_model(tmp_path), folder, settings(subset=0), overwrite=True)
     assert [path.name for path in folder.iterdir()] == ["report.html"]
@@ -419,9 +341,6 @@ def test_the_model_is_left_as_it_was(audited):
     for name, value in audited.loaded.model.state_dict().items():
         assert torch.equal(value, state[name])
     assert not any(module._forward_hooks for module in audited.loaded.model.modules())
-
-
-# --------------------------------------------------------------------------------------- bad input
 
 
 class PerceptronHead(nn.Module):
@@ -568,7 +487,8 @@ def test_errors_of_the_model_in_later_steps(name, error, words, tmp_path, monkey
     def fail(*_arguments, **_options):
         raise error
 
-    monkeypatch.setattr(diffsal.audit, name, fail)
+    module = {"road": diffsal.auditing.measure, "head_shift": diffsal.auditing.stress}[name]
+    monkeypatch.setattr(module, name, fail)
     with refused(words):
         audit_of(tmp_path, loaded_model(tmp_path))
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import diffsal
-from diffsal.cli import main
+from diffsal.cli.main import main
 
 TINY = """
 architecture = "torchvision:DenseNet"

@@ -1,7 +1,6 @@
-"""Indexes, splits and the data set, on files written by the tests."""
+"""From samples to tensors, decoded once or every time."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +10,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from diffsal import data
-from diffsal.data import (
-    DecodedImages,
-    ImageDataset,
-    Index,
-    Sample,
-    hold_out,
-    leave_out,
-    read_index,
-    with_test,
-    with_validation,
-)
+from diffsal.data import datasets
+from diffsal.data.datasets import DecodedImages, ImageDataset, Pixels, decode
+from diffsal.data.images import read_image
+from diffsal.data.index import Sample
+from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
-from diffsal.images import Preprocessing, read_image
 
 PLAIN = Preprocessing(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1))
 
@@ -42,271 +33,6 @@ def folder(tmp_path: Path) -> Path:
         write_image(tmp_path / "images" / name)
         write_image(tmp_path / "maps" / name)
     return tmp_path
-
-
-def write_index(folder: Path, text: str, encoding: str = "utf-8") -> Path:
-    path = folder / "index.csv"
-    path.write_text(text, encoding=encoding)
-    return path
-
-
-def test_csv_with_all_columns_in_any_order(folder: Path) -> None:
-    text = (
-        "label, path ,split,map,group,subset\r\n"
-        'real,images/a.png,train,,"p, 1",\r\n'
-        "\r\n"
-        "attack,images/b.png,test,maps/b.png,p2,print\r\n"
-    )
-    index = read_index(write_index(folder, text, "utf-8-sig"))
-    assert index.classes == ("attack", "real")
-    assert index.samples == (
-        Sample(folder / "images/a.png", 1, None, "", "p, 1", "train"),
-        Sample(folder / "images/b.png", 0, folder / "maps/b.png", "print", "p2", "test"),
-    )
-    assert index.split("test") == index.samples[1:]
-
-
-@pytest.mark.parametrize(
-    ("labels", "classes", "names", "expected"),
-    [
-        (("2", "10", "2"), None, ("2", "10"), (0, 1, 0)),  # as numbers, not as text
-        (("normal", "defect", "normal"), None, ("defect", "normal"), (1, 0, 1)),
-        (("normal", "defect", "normal"), ("normal", "defect"), ("normal", "defect"), (0, 1, 0)),
-        (("0", "1", "1"), ("normal", "defect"), ("normal", "defect"), (0, 1, 1)),
-        (("1", "1", "1"), ("normal", "defect"), ("normal", "defect"), (1, 1, 1)),
-    ],
-)
-def test_labels_are_names_or_positions(
-    folder: Path,
-    labels: tuple[str, ...],
-    classes: tuple[str, ...] | None,
-    names: tuple[str, ...],
-    expected: tuple[int, ...],
-) -> None:
-    rows = [f"images/{stem}.png,{label}" for stem, label in zip("abc", labels, strict=True)]
-    index = read_index(write_index(folder, "\n".join(["path,label", *rows])), classes=classes)
-    assert index.classes == names
-    assert tuple(sample.label for sample in index.samples) == expected
-
-
-def test_class_folders_with_a_parallel_folder_of_maps(tmp_path: Path) -> None:
-    first = write_image(tmp_path / "images/normal/one.jpg")
-    second = write_image(tmp_path / "images/defect/deep/one.png")
-    drawn = write_image(tmp_path / "masks/defect/deep/one.bmp")
-    index = read_index(tmp_path / "images", maps=tmp_path / "masks")
-    assert index.classes == ("defect", "normal")
-    assert index.samples == (Sample(second, 0, drawn), Sample(first, 1))
-
-
-def test_cyborg_csv_with_maps_of_the_same_base_names(folder: Path) -> None:
-    (folder / "maps/a.png").unlink()
-    path = write_index(folder, "train,live,images/a.png\ntest,spoof,images/b.png\n")
-    index = read_index(path, maps=folder / "maps")
-    assert index.samples == (
-        Sample(folder / "images/a.png", 0, None, split="train"),
-        Sample(folder / "images/b.png", 1, folder / "maps/b.png", split="test"),
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", ["index.csv", "empty"]),
-        ("path,label\n", ["index.csv", "empty"]),
-        ("path,class\nimages/a.png,x\n", ["line 1", "'label' is missing"]),
-        ("images/a.png,x\nimages/b.png,y\n", ["line 1", "'path' is missing"]),
-        ("path,label,grop\nimages/a.png,x,1\n", ["line 1", "'grop'", "group"]),
-        ("path,label,label\nimages/a.png,x,x\n", ["line 1", "'label'", "twice"]),
-        ("path,label\nimages/a.png,x\n\nimages/b.png\n", ["line 4", "1 fields, not 2"]),
-        ("path,label\nimages/a.png,\n", ["line 2", "label is empty"]),
-        ("path,label\nimages/a.png,x\nimages/z.png,y\n", ["line 3", "no image", "z.png"]),
-        ("path,label,map\nimages/a.png,x,\nimages/b.png,y,z.png\n", ["line 3", "no map", "z.png"]),
-        (
-            "path,label\nimages/a.png,x\nimages/b.png,y\nimages/../images/a.png,y\n",
-            ["line 4", "a.png", "line 2"],
-        ),
-        ("path,label\nimages/a.png,x\nimages/b.png,x\n", ["one class", "'x'"]),
-        (
-            "path,label,split\nimages/a.png,x,train\nimages/b.png,y,valid\n",
-            ["line 3", "'valid'", "val"],
-        ),
-        ("path,label,split\nimages/a.png,x,train\nimages/b.png,y,\n", ["line 3", "split"]),
-        ('path,label\n"images/a.png,x\n', ["index.csv", "no CSV"]),
-    ],
-)
-def test_bad_csv_is_one_line_that_names_the_place(
-    folder: Path, text: str, words: list[str]
-) -> None:
-    with pytest.raises(DiffsalError) as caught:
-        read_index(write_index(folder, text))
-    message = str(caught.value)
-    assert "\n" not in message
-    assert all(word in message for word in words), message
-
-
-@pytest.mark.parametrize("label", ["dog", "2", "-1"])
-def test_unknown_class(folder: Path, label: str) -> None:
-    path = write_index(folder, f"path,label\nimages/a.png,cat\nimages/b.png,{label}\n")
-    with pytest.raises(DiffsalError, match=f"line 3: the class '{label}' is unknown.*cat, bird"):
-        read_index(path, classes=("cat", "bird"))
-
-
-def test_bad_files_and_folders(folder: Path) -> None:
-    with pytest.raises(DiffsalError, match=r"nowhere\.csv: No such file"):
-        read_index(folder / "nowhere.csv")
-    with pytest.raises(DiffsalError, match="UTF-8"):
-        read_index(write_index(folder, "path,label\nimages/a.png,é\n", "latin-1"))
-    (folder / "empty").mkdir()
-    with pytest.raises(DiffsalError, match="empty: the index is empty"):
-        read_index(folder / "empty")
-
-
-@pytest.mark.parametrize(
-    ("files", "words"),
-    [
-        ([], "no map here has the name of an image"),
-        (["other/a.png"], "no map here has the name of an image"),
-        (["a.png", "a.bmp"], "has the same name"),
-    ],
-)
-def test_maps_that_cannot_be_assigned(folder: Path, files: list[str], words: str) -> None:
-    for name in files:
-        write_image(folder / "drawn" / name)
-    path = write_index(folder, "path,label\nimages/a.png,x\nimages/b.png,y\n")
-    with pytest.raises(DiffsalError, match=words):
-        read_index(path, maps=folder / "drawn")
-
-
-def test_maps_of_a_csv_are_not_shared_by_images_of_one_name(folder: Path) -> None:
-    write_image(folder / "more/a.png")
-    path = write_index(folder, "path,label\nimages/a.png,x\nmore/a.png,y\n")
-    with pytest.raises(DiffsalError, match="line 2: another image is called 'a'"):
-        read_index(path, maps=folder / "maps")
-    named = write_index(folder, "path,label,map\nimages/a.png,x,maps/a.png\nmore/a.png,y,\n")
-    with pytest.raises(DiffsalError, match="names maps itself"):
-        read_index(named, maps=folder / "maps")
-
-
-# ----------------------------------------------------------------------------------------- splits
-
-
-def grouped_samples() -> list[Sample]:
-    """300 samples in groups of one to four: two thirds normal, the rest of three kinds."""
-    generator = np.random.default_rng(0)
-    groups = np.repeat(np.arange(150), generator.integers(1, 5, 150))[:300]
-    kinds = generator.permutation(["", "", "", "", "", "", "crack", "fray", "break"] * 34)[:300]
-    return [
-        Sample(Path(f"{number}.png"), int(kind != ""), None, str(kind), str(group))
-        for number, (kind, group) in enumerate(zip(kinds, groups, strict=True))
-    ]
-
-
-@pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.3, 0.5, 0.75])
-def test_hold_out_is_stratified_and_keeps_groups_whole(fraction: float, grouped: bool) -> None:
-    samples = grouped_samples()
-    if not grouped:
-        samples = [Sample(sample.path, sample.label) for sample in samples]
-    held = hold_out(samples, fraction, seed=3)
-    assert held == hold_out(samples, fraction, seed=3)
-    assert held != hold_out(samples, fraction, seed=4)
-    assert held == [sample for sample in samples if sample in held]
-    for label in (0, 1):
-        total = sum(sample.label == label for sample in samples)
-        share = sum(sample.label == label for sample in held) / total
-        assert abs(share - fraction) <= (4 if grouped else 1) / total
-    if grouped:
-        assert not {s.group for s in samples if s not in held} & {s.group for s in held}
-
-
-def test_hold_out_says_what_is_too_few() -> None:
-    samples = grouped_samples()
-    for fraction in (0, 0.01, 1, -1):
-        with pytest.raises(DiffsalError, match=r"0\.05 to 0\.95"):
-            hold_out(samples, fraction, 0)
-    few = [Sample(Path(str(number)), int(number < 3)) for number in range(50)]
-    with pytest.raises(DiffsalError, match=r"takes 5 of each class .* there are 3"):
-        hold_out(few, 0.2, 0)
-
-
-def test_validation_is_split_off_unless_it_is_named() -> None:
-    samples = grouped_samples()
-    index = with_validation(Index(Path("i.csv"), ("n", "d"), tuple(samples)), 0.2, seed=1)
-    assert [sample.path for sample in index.samples] == [sample.path for sample in samples]
-    assert len(index.split("train")) + len(index.split("val")) == 300
-    assert 55 <= len(index.split("val")) <= 65
-    assert with_validation(index, 0.5, seed=2) is index
-
-    marked = [
-        Sample(sample.path, sample.label, split="test" if number < 100 else "train")
-        for number, sample in enumerate(samples)
-    ]
-    index = with_validation(Index(Path("i.csv"), ("n", "d"), tuple(marked)), 0.25, seed=1)
-    assert index.split("test") == tuple(marked[:100])
-    assert len(index.split("val")) == pytest.approx(50, abs=1)
-    untrained = Index(Path("i.csv"), ("n", "d"), tuple(marked[:100]))
-    with pytest.raises(DiffsalError, match=r"i\.csv: no sample has the split train"):
-        with_validation(untrained)
-
-
-def test_leaving_out_subsets_tests_them_against_the_same_normals() -> None:
-    samples = grouped_samples()
-    index = Index(Path("i.csv"), ("n", "d"), tuple(samples))
-    normals = []
-    for subset in ("crack", "fray", "break"):
-        split = leave_out(index, subset, 0.3, seed=5)
-        test, train = split.split("test"), split.split("train")
-        normals.append([sample.path for sample in test if not sample.subset])
-        assert {s.path for s in test if s.subset} == {s.path for s in samples if s.subset == subset}
-        assert {s.subset for s in train} == {"", "crack", "fray", "break"} - {subset}
-        assert not {s.group for s in test} & {s.group for s in train}
-        # Nothing is lost but what shares a group with a tested sample.
-        tested = {s.group for s in test}
-        assert len(train) == sum(s.group not in tested for s in samples)
-    assert normals[0] == normals[1] == normals[2]
-    assert len(normals[0]) == pytest.approx(0.3 * 200, abs=10)
-
-
-def test_leaving_out_follows_the_splits_of_the_index() -> None:
-    def sample(name: str, subset: str, split: data.Split) -> Sample:
-        return Sample(Path(name), int(subset != ""), None, subset, "", split)
-
-    samples = (
-        sample("n1", "", "train"),
-        sample("n2", "", "test"),
-        sample("n3", "", "val"),
-        sample("a1", "a", "train"),
-        sample("a2", "a", "test"),
-        sample("b1", "b", "train"),
-        sample("b2", "b", "test"),
-    )
-    index = leave_out(Index(Path("i.csv"), ("n", "d"), samples), "a")
-    names = {split: [s.path.name for s in index.split(split)] for split in ("train", "val", "test")}
-    assert names == {"train": ["n1", "b1"], "val": ["n3"], "test": ["n2", "a2"]}
-    unmarked = tuple(one for one in samples if one.path.name != "a2")
-    index = leave_out(Index(Path("i.csv"), ("n", "d"), unmarked), "a")
-    assert [s.path.name for s in index.split("test")] == ["n2", "a1"]
-    with pytest.raises(DiffsalError, match=r"no subset 'c'; there are: a, b"):
-        leave_out(index, "c")
-    with pytest.raises(DiffsalError, match="no samples without a subset"):
-        leave_out(Index(Path("i.csv"), ("n", "d"), samples[3:]), "a")
-
-
-def test_a_test_split_is_held_out_unless_the_index_names_one() -> None:
-    samples = tuple(grouped_samples())
-    index = with_test(Index(Path("i.csv"), ("n", "d"), samples), 0.3, seed=1)
-    tested, trained = index.split("test"), index.split("train")
-    assert len(tested) + len(trained) == len(samples)
-    assert len(tested) == pytest.approx(0.3 * len(samples), abs=15)
-    assert {s.label for s in tested} == {0, 1}
-    assert not {s.group for s in tested} & {s.group for s in trained}
-    assert with_test(index) == index
-    trained_only = replace(index, samples=trained)
-    with pytest.raises(DiffsalError, match=r"i\.csv: no sample has the split test"):
-        with_test(trained_only)
-
-
-# ---------------------------------------------------------------------------------------- dataset
 
 
 def marked_sample(folder: Path, size: tuple[int, int], map_size: tuple[int, int]) -> Sample:
@@ -383,13 +109,12 @@ def test_decoded_images_are_the_same_without_decoding(
     ]
     plain = list(map(ImageDataset(samples, PLAIN).__getitem__, range(3)))
 
-    def count(*args: object) -> data.Pixels:
+    def count(*args: object) -> Pixels:
         decoded.append(args)
         return decode(*args)  # type: ignore[arg-type]
 
     decoded: list[object] = []
-    decode = data.decode
-    monkeypatch.setattr(data, "decode", count)
+    monkeypatch.setattr(datasets, "decode", count)
     for expected in (3, 3):
         read = DecodedImages(samples, PLAIN, folder / "cache")
         shuffled = ImageDataset(samples[::-1], PLAIN, read=read)

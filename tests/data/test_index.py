@@ -1,32 +1,14 @@
-"""Indexes, splits and the data set, on files written by the tests."""
+"""Indexes from CSV files and folders, on files written by the tests."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 
-from diffsal import data
-from diffsal.data import (
-    DecodedImages,
-    ImageDataset,
-    Index,
-    Sample,
-    hold_out,
-    leave_out,
-    read_index,
-    with_test,
-    with_validation,
-)
+from diffsal.data.index import Index, Sample, Split, read_index
+from diffsal.data.splits import leave_out, with_validation
 from diffsal.errors import DiffsalError
-from diffsal.images import Preprocessing, read_image
-
-PLAIN = Preprocessing(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1))
 
 
 def write_image(path: Path, size: tuple[int, int] = (10, 12)) -> Path:
@@ -187,9 +169,6 @@ def test_maps_of_a_csv_are_not_shared_by_images_of_one_name(folder: Path) -> Non
         read_index(named, maps=folder / "maps")
 
 
-# ----------------------------------------------------------------------------------------- splits
-
-
 def grouped_samples() -> list[Sample]:
     """300 samples in groups of one to four: two thirds normal, the rest of three kinds."""
     generator = np.random.default_rng(0)
@@ -199,34 +178,6 @@ def grouped_samples() -> list[Sample]:
         Sample(Path(f"{number}.png"), int(kind != ""), None, str(kind), str(group))
         for number, (kind, group) in enumerate(zip(kinds, groups, strict=True))
     ]
-
-
-@pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.3, 0.5, 0.75])
-def test_hold_out_is_stratified_and_keeps_groups_whole(fraction: float, grouped: bool) -> None:
-    samples = grouped_samples()
-    if not grouped:
-        samples = [Sample(sample.path, sample.label) for sample in samples]
-    held = hold_out(samples, fraction, seed=3)
-    assert held == hold_out(samples, fraction, seed=3)
-    assert held != hold_out(samples, fraction, seed=4)
-    assert held == [sample for sample in samples if sample in held]
-    for label in (0, 1):
-        total = sum(sample.label == label for sample in samples)
-        share = sum(sample.label == label for sample in held) / total
-        assert abs(share - fraction) <= (4 if grouped else 1) / total
-    if grouped:
-        assert not {s.group for s in samples if s not in held} & {s.group for s in held}
-
-
-def test_hold_out_says_what_is_too_few() -> None:
-    samples = grouped_samples()
-    for fraction in (0, 0.01, 1, -1):
-        with pytest.raises(DiffsalError, match=r"0\.05 to 0\.95"):
-            hold_out(samples, fraction, 0)
-    few = [Sample(Path(str(number)), int(number < 3)) for number in range(50)]
-    with pytest.raises(DiffsalError, match=r"takes 5 of each class .* there are 3"):
-        hold_out(few, 0.2, 0)
 
 
 def test_validation_is_split_off_unless_it_is_named() -> None:
@@ -249,26 +200,8 @@ def test_validation_is_split_off_unless_it_is_named() -> None:
         with_validation(untrained)
 
 
-def test_leaving_out_subsets_tests_them_against_the_same_normals() -> None:
-    samples = grouped_samples()
-    index = Index(Path("i.csv"), ("n", "d"), tuple(samples))
-    normals = []
-    for subset in ("crack", "fray", "break"):
-        split = leave_out(index, subset, 0.3, seed=5)
-        test, train = split.split("test"), split.split("train")
-        normals.append([sample.path for sample in test if not sample.subset])
-        assert {s.path for s in test if s.subset} == {s.path for s in samples if s.subset == subset}
-        assert {s.subset for s in train} == {"", "crack", "fray", "break"} - {subset}
-        assert not {s.group for s in test} & {s.group for s in train}
-        # Nothing is lost but what shares a group with a tested sample.
-        tested = {s.group for s in test}
-        assert len(train) == sum(s.group not in tested for s in samples)
-    assert normals[0] == normals[1] == normals[2]
-    assert len(normals[0]) == pytest.approx(0.3 * 200, abs=10)
-
-
 def test_leaving_out_follows_the_splits_of_the_index() -> None:
-    def sample(name: str, subset: str, split: data.Split) -> Sample:
+    def sample(name: str, subset: str, split: Split) -> Sample:
         return Sample(Path(name), int(subset != ""), None, subset, "", split)
 
     samples = (
@@ -290,125 +223,3 @@ def test_leaving_out_follows_the_splits_of_the_index() -> None:
         leave_out(index, "c")
     with pytest.raises(DiffsalError, match="no samples without a subset"):
         leave_out(Index(Path("i.csv"), ("n", "d"), samples[3:]), "a")
-
-
-def test_a_test_split_is_held_out_unless_the_index_names_one() -> None:
-    samples = tuple(grouped_samples())
-    index = with_test(Index(Path("i.csv"), ("n", "d"), samples), 0.3, seed=1)
-    tested, trained = index.split("test"), index.split("train")
-    assert len(tested) + len(trained) == len(samples)
-    assert len(tested) == pytest.approx(0.3 * len(samples), abs=15)
-    assert {s.label for s in tested} == {0, 1}
-    assert not {s.group for s in tested} & {s.group for s in trained}
-    assert with_test(index) == index
-    trained_only = replace(index, samples=trained)
-    with pytest.raises(DiffsalError, match=r"i\.csv: no sample has the split test"):
-        with_test(trained_only)
-
-
-# ---------------------------------------------------------------------------------------- dataset
-
-
-def marked_sample(folder: Path, size: tuple[int, int], map_size: tuple[int, int]) -> Sample:
-    """An image whose red channel is its human map: a bright upper left corner."""
-
-    def corner(height: int, width: int) -> Image.Image:
-        pixels = np.zeros((height, width), np.uint8)
-        pixels[: height // 2, : width // 2] = 200
-        return Image.fromarray(pixels)
-
-    red, black = corner(*size), Image.new("L", size[::-1])
-    Image.merge("RGB", (red, black, black)).save(folder / "image.png")
-    corner(*map_size).save(folder / "map.png")
-    return Sample(folder / "image.png", 1, folder / "map.png")
-
-
-def test_items_are_what_preprocessing_makes(folder: Path) -> None:
-    preprocessing = Preprocessing(size=(16, 8), resize="crop")
-    sample = Sample(folder / "images/a.png", 1)
-    image, label, human_map, position = ImageDataset([sample, sample], preprocessing)[1]
-    assert torch.equal(image, preprocessing(read_image(sample.path)))
-    assert type(image) is type(human_map) is torch.Tensor
-    assert (label, position) == (1, 1)
-    assert human_map.shape == (16, 8)
-    assert human_map.dtype == torch.float32
-    assert human_map.isnan().all()
-
-
-@pytest.mark.parametrize("resize", ["squash", "crop"])
-@pytest.mark.parametrize("map_size", [(32, 48), (16, 24)])
-@pytest.mark.parametrize(
-    "augment",
-    [
-        None,
-        v2.RandomHorizontalFlip(1),
-        v2.Compose([v2.RandomVerticalFlip(), v2.RandomCrop(6), v2.RandomHorizontalFlip()]),
-        v2.RandomAffine(0, translate=(0.4, 0.4)),
-    ],
-)
-def test_the_map_moves_with_the_image(
-    tmp_path: Path, resize: str, map_size: tuple[int, int], augment: Callable[..., object] | None
-) -> None:
-    preprocessing = Preprocessing((8, 8), resize, PLAIN.mean, PLAIN.std)  # type: ignore[arg-type]
-    dataset = ImageDataset([marked_sample(tmp_path, (32, 48), map_size)], preprocessing, augment)
-    for seed in range(5):
-        image, _, human_map, _ = dataset[0, seed]
-        assert human_map.max() > 0.5
-        # Of another size, the map is interpolated twice, which blurs its edges.
-        torch.testing.assert_close(
-            image[0], human_map, atol=0.01 if map_size[0] == 32 else 0.2, rtol=0
-        )
-
-
-def test_augmentation_follows_from_the_seed_alone(folder: Path) -> None:
-    samples = [Sample(folder / "images/a.png", 0), Sample(folder / "images/b.png", 1)]
-    dataset = ImageDataset(samples, PLAIN, v2.RandomAffine(0, translate=(0.4, 0.4)))
-    before = torch.get_rng_state()
-    images = [dataset[0, seed][0] for seed in (7, 7, 8)]
-    assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(images[0], images[1])
-    assert not torch.equal(images[0], images[2])
-    assert dataset[0, 7][2].isnan().all()  # no corner of a missing map is filled in
-    loader = DataLoader(dataset, batch_sampler=[[(0, 7), (1, 3)]], num_workers=1)
-    assert torch.equal(next(iter(loader))[0][0], images[0])
-
-
-def test_decoded_images_are_the_same_without_decoding(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    samples = [
-        Sample(folder / "images/a.png", 0),
-        Sample(folder / "images/b.png", 1, folder / "maps/b.png"),
-        Sample(folder / "images/c.png", 1, folder / "maps/b.png"),
-    ]
-    plain = list(map(ImageDataset(samples, PLAIN).__getitem__, range(3)))
-
-    def count(*args: object) -> data.Pixels:
-        decoded.append(args)
-        return decode(*args)  # type: ignore[arg-type]
-
-    decoded: list[object] = []
-    decode = data.decode
-    monkeypatch.setattr(data, "decode", count)
-    for expected in (3, 3):
-        read = DecodedImages(samples, PLAIN, folder / "cache")
-        shuffled = ImageDataset(samples[::-1], PLAIN, read=read)
-        batch = next(iter(DataLoader(shuffled, batch_size=3, num_workers=1)))
-        for row, (image, label, human_map, _) in enumerate(plain[::-1]):
-            assert torch.equal(batch[0][row], image)
-            assert batch[1][row] == label
-            torch.testing.assert_close(batch[2][row], human_map, equal_nan=True, rtol=0, atol=0)
-        assert len(decoded) == expected
-
-    write_image(folder / "images/a.png", (20, 20))
-    fresh = ImageDataset(samples, PLAIN, read=DecodedImages(samples, PLAIN, folder / "cache"))
-    assert len(decoded) == 6
-    assert torch.equal(fresh[0][0], PLAIN(read_image(folder / "images/a.png")))
-
-
-def test_a_failed_decoding_leaves_no_files(folder: Path) -> None:
-    (folder / "images/c.png").write_bytes(b"no image")
-    samples = [Sample(folder / f"images/{stem}.png", 0) for stem in "abc"]
-    with pytest.raises(DiffsalError, match=r"c\.png"):
-        DecodedImages(samples, PLAIN, folder / "cache")
-    assert not list((folder / "cache").iterdir())

@@ -16,9 +16,9 @@ from torch import nn
 from torchvision.models import DenseNet
 
 from diffsal import save_checkpoint
-from diffsal.cli import main
+from diffsal.cli.main import main
+from diffsal.data.preprocessing import Preprocessing
 from diffsal.demo import ARCHITECTURE
-from diffsal.images import Preprocessing
 
 SMALL = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 8}
 SQUASH = Preprocessing(size=(32, 32))

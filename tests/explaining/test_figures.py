@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffsal.figures import Explanation, save_figure, save_overlays
+from diffsal.explaining.figures import Explanation, save_figure, save_overlays
 
 PANELS = ("true", "false", "difference", "evidence")
 

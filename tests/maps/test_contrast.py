@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffsal.contrast import NO_CLASS, class_count, contrast, predicted_class, probabilities
+from diffsal.maps.contrast import NO_CLASS, class_count, contrast, predicted_class, probabilities
 
 Refused = Callable[[str], AbstractContextManager[None]]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from diffsal.salience import explain
-from diffsal.target_layers import (
+from diffsal.maps.salience import explain
+from diffsal.maps.target_layers import (
     channels_first,
     find_target_layer,
     get_target_layer,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsal.protocol import read_protocol
+from diffsal.protocol.configuration import read_protocol
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "protocol"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "protocol"
 ATTACKS = (
     *("artificial", "contacts+print", "diseased", "post-mortem", "printouts", "synthetics"),
     "textured-contacts",

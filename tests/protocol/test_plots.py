@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffsal.figures import overlay
-from diffsal.plots import save_aurocs, save_fooling
-from diffsal.report import data_uri
+from diffsal.auditing.report import data_uri
+from diffsal.explaining.overlays import overlay
+from diffsal.protocol.plots import save_aurocs, save_fooling
 
 COLOURS = (255 * np.array(matplotlib.colormaps["tab10"].colors)).round().astype(int)
 

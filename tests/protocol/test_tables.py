@@ -1,30 +1,16 @@
 """Every number of the tables, computed again by other means from the samples' own scores."""
 
-import csv
-import io
 import itertools
-import json
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import auc, roc_curve
 
-from diffsal.tables import (
-    FORMATS,
-    Estimate,
-    Table,
-    aurocs,
-    holm,
-    make_tables,
-    mean_over_seeds,
-    mean_over_subsets,
-    paired_difference,
-    written,
-)
+from diffsal.protocol.formats import written
+from diffsal.protocol.statistics import Estimate
+from diffsal.protocol.tables import Table, make_tables
 
 METHODS = ("cross-entropy", "baseline", "contrast", "contrast-alpha-0.5")
 SUBSETS = ("a", "b", "c")
@@ -35,7 +21,6 @@ MEASURES = (
 )
 FOOLED = ("honest", "passively fooled", "head-shifted", "adaptively fooled")
 EDGES = ("edges_true", "edges_difference", "occlusion_true", "occlusion_difference")
-
 # The paper's Tables 3 and 4 (arXiv, Piland, Sweet, Czajka): means by subset, in its order.
 PAPER = {
     "iris": {
@@ -172,9 +157,6 @@ def close(cell, value, std=None):
     assert math.isclose(cell.value, value, rel_tol=1e-12, abs_tol=1e-12)
     if std is not None:
         assert math.isclose(cell.std, std, rel_tol=1e-9, abs_tol=1e-12)
-
-
-# -------------------------------------------------------------------------------------- the tables
 
 
 def test_all_tables_are_there_once(tables):
@@ -361,21 +343,6 @@ def test_maps_of_in_set_jobs_are_means_over_subsets_too(protocol):
     assert found["baseline", "energy inside, true"].value == pytest.approx(expected)
 
 
-# --------------------------------------------------------------------------------- the paper's own
-
-
-@pytest.mark.parametrize(("task", "method"), [(t, m) for t in PAPER for m in PAPER[t]])
-def test_the_papers_subsets_give_its_table_2(task, method):
-    found = mean_over_subsets(PAPER[task][method])
-    mean, std = TABLE_2[task][method]
-    # The paper rounds the subsets' means before and the result after.
-    assert abs(found.value - mean) <= 0.001
-    if task == "iris":
-        assert abs(found.std - std) <= 0.001
-    else:  # what it prints for faces is no spread over subsets
-        assert found.std > 3 * std
-
-
 def test_the_papers_numbers_go_through_the_whole_table(protocol):
     """Samples whose AUROC is the paper's mean, to a thousandth, aggregate to its Table 2."""
     names = list(PAPER["iris"])
@@ -412,37 +379,6 @@ def test_the_papers_numbers_go_through_the_whole_table(protocol):
         assert abs(cell.std - TABLE_2["iris"][method][1]) <= 0.001
 
 
-# --------------------------------------------------------------------------------------- statistics
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_holm_keeps_order_and_never_lowers(p_values):
-    adjusted = holm(p_values)
-    assert all(a >= p for a, p in zip(adjusted, p_values, strict=True))
-    assert max(adjusted) <= 1
-    order = np.argsort(p_values, kind="stable")
-    assert np.all(np.diff(np.array(adjusted)[order]) >= 0)
-    assert adjusted[int(np.argmin(p_values))] == min(1, len(p_values) * min(p_values))
-
-
-def test_holm_of_a_textbook_example():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-
-
-def test_what_has_no_spread_has_none():
-    assert mean_over_seeds([]) is None
-    assert mean_over_seeds([0.5]) == Estimate(0.5, None, count=1)
-    assert paired_difference({0: 0.5}, {0: 0.25}) == Estimate(0.25, count=1)
-    assert paired_difference({0: 0.5, 1: 0.5}, {0: 0.25, 1: 0.25}) == Estimate(0.25, count=2)
-    assert paired_difference({0: 0.5}, {1: 0.25}) is None
-
-
-def test_differences_use_the_seeds_that_both_have():
-    found = paired_difference({0: 0.9, 1: 0.8, 2: 0.1}, {0: 0.5, 1: 0.6, 7: 0.0})
-    assert found.count == 2
-    assert found.value == pytest.approx(0.3)
-
-
 def test_equal_methods_have_p_1(protocol, jobs):
     twins = [one for one in jobs if one["method"] == "baseline"]
     twins += [
@@ -453,54 +389,6 @@ def test_equal_methods_have_p_1(protocol, jobs):
     found = cells(next(t for t in make_tables(plan, twins) if t.name == "differences"))
     assert found["contrast", "mean"].value == 0
     assert found["contrast", "p"].value == found["contrast", "p (Holm)"].value == 1
-
-
-# ------------------------------------------------------------------------------------------- scores
-
-
-@pytest.mark.parametrize("score", ["margin", "softmax", "logit-1"])
-@pytest.mark.parametrize("logits", [1, 2])
-def test_scores(score, logits):
-    one = job("baseline", "a", 0, logits=logits)
-    values = np.array(one["models"]["baseline"]["logits"])
-    ranked = {
-        "margin": values[:, -1] - (values[:, 0] if logits == 2 else 0),
-        "softmax": 1 / (1 + np.exp(-(values[:, -1] - (values[:, 0] if logits == 2 else 0)))),
-        "logit-1": 1 / (1 + np.exp(-values[:, -1])),  # the CYBORG script's sigmoid
-    }
-    found = aurocs([one], score)["t"]["baseline"]["a"][0]
-    assert found == pytest.approx(area(one["samples"]["label"], ranked[score]))
-
-
-def test_noise_common_to_both_logits_ruins_logit_1_and_not_the_margin():
-    one = job("baseline", "a", 0, count=400)
-    logits = np.array(one["models"]["baseline"]["logits"])
-    noise = np.random.default_rng(0).normal(scale=50, size=(len(logits), 1))
-    noisy = {**one, "models": {"baseline": {"logits": (logits + noise).tolist()}}}
-    clean, ruined = (aurocs([each], "margin")["t"]["baseline"]["a"][0] for each in (one, noisy))
-    assert clean == ruined
-    assert aurocs([noisy], "logit-1")["t"]["baseline"]["a"][0] < clean - 0.1
-
-
-def test_in_set_jobs_test_each_subset_against_the_same_normals():
-    one = job("baseline", "a", 0)
-    labels = np.array(one["samples"]["label"])
-    subsets = ["" if not y else "ab"[position % 4 // 2] for position, y in enumerate(labels)]
-    one = {**one, "subset": "", "samples": {**one["samples"], "subset": subsets}}
-    found = aurocs([one])["t"]["baseline"]
-    for name in "ab":
-        chosen = [subset in ("", name) for subset in subsets]
-        expected = area(labels[chosen], margin_of(one)[chosen])
-        assert found[name][0] == pytest.approx(expected)
-    without = {**one, "samples": {**one["samples"], "subset": [""] * len(labels)}}
-    assert list(aurocs([without])["t"]["baseline"]) == ["in set"]
-
-
-def test_a_subset_that_is_tested_against_nothing_is_refused(refused):
-    one = job("baseline", "a", 0)
-    samples = {**one["samples"], "subset": ["b" if y else "a" for y in one["samples"]["label"]]}
-    with refused("all of one class"):
-        aurocs([{**one, "subset": "", "samples": samples}])
 
 
 def test_seeds_without_all_subsets_count_for_those_they_have(protocol, jobs):
@@ -526,55 +414,6 @@ def test_another_baseline(protocol, jobs, refused):
     assert "baseline" in dict(tables["differences"].rows)
     with refused("no method 'x'"):
         make_tables(protocol, jobs, baseline="x")
-
-
-# ------------------------------------------------------------------------------------------ writing
-
-
-def test_csv_and_json_lose_no_digit(tables):
-    given = list(tables.values())
-    rows = list(csv.DictReader(io.StringIO(written(given, "csv"))))
-    known = {
-        (table.name, *place): cell
-        for table in given
-        for place, cell in cells(table).items()
-        if cell is not None
-    }
-    assert len(rows) == len(known)
-    for row in rows:
-        cell = known[row["table"], row["row"], row["column"]]
-        assert float(row["value"]) == cell.value
-        assert row["std"] == ("" if cell.std is None else str(cell.std))
-    for table in json.loads(written(given, "json")):
-        for name, row in table["rows"].items():
-            for column, cell in row.items():
-                if cell is not None:
-                    assert Estimate(**cell) == known[table["name"], name, column]
-
-
-@pytest.mark.parametrize("form", ["text", "markdown", "latex"])
-def test_formats_for_people_round_and_name_their_spread(tables, form):
-    text = written(list(tables.values()), form)
-    cell = cells(tables["subsets"])["contrast", "a"]
-    sign = r"$\pm$" if form == "latex" else "±"
-    assert f"{cell.value:.3f} {sign} {cell.std:.3f}" in text
-    difference = cells(tables["differences"])["contrast", "mean"]
-    interval = f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
-    assert interval in text
-    for table in tables.values():
-        assert table.note.replace("±", sign).replace("→", r"$\to$" if form == "latex" else "→") in (
-            text.replace(r"\%", "%")
-        )
-
-
-def test_names_do_not_break_a_format():
-    odd = Table("seeds", "a|b", "a_b & c", "100 %", ("x|y_z",), (("m_1|2", (Estimate(0.5),)),))
-    latex = written([odd], "latex")
-    assert r"a\_b \& c" in latex
-    assert r"x|y\_z" in latex
-    assert r"x\|y_z" in written([odd], "markdown")
-    assert next(csv.DictReader(io.StringIO(written([odd], "csv"))))["task"] == "a|b"
-    assert set(FORMATS) == {"text", "markdown", "latex", "csv", "json"}
 
 
 def test_small_numbers_keep_their_digits():

@@ -7,8 +7,8 @@ import torch
 
 from diffsal import capture, explain
 from diffsal.demo import ARCHITECTURE, ARGUMENTS, digits
-from diffsal.losses import LOSSES
-from diffsal.models import build_model
+from diffsal.models.architectures import build_model
+from diffsal.training.losses import LOSSES
 
 EPOCHS = 10
 

@@ -4,6 +4,7 @@ import doctest
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,24 @@ from torchvision import models
 from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.resnet import BasicBlock
 
-from diffsal import DiffsalError, SalienceMaps, capture, losses
-from diffsal.losses import LOSSES
+from diffsal import DiffsalError, SalienceMaps, capture
+from diffsal.training import losses
+from diffsal.training.losses import (
+    LOSSES,
+    ContrastSalienceLoss,
+    baseline_salience_loss,
+    contrast_salience_loss,
+    cross_entropy_loss,
+    difference_salience_loss,
+    per_class_salience_loss,
+)
 
 FUNCTIONS = {
-    "cross-entropy": losses.cross_entropy_loss,
-    "baseline": losses.baseline_salience_loss,
-    "difference": losses.difference_salience_loss,
-    "per-class": losses.per_class_salience_loss,
-    "contrast": losses.contrast_salience_loss,
+    "cross-entropy": cross_entropy_loss,
+    "baseline": baseline_salience_loss,
+    "difference": difference_salience_loss,
+    "per-class": per_class_salience_loss,
+    "contrast": contrast_salience_loss,
 }
 TERMS = {  # and the paper's weights
     "cross-entropy": {"cross_entropy": 1.0},
@@ -36,12 +46,8 @@ TERMS = {  # and the paper's weights
 }
 WITH_MAPS = [name for name in LOSSES if name != "cross-entropy"]
 LABELS = torch.tensor([0, 1, 1, 0, 1])
-
 every_loss = pytest.mark.parametrize("name", LOSSES)
 every_loss_with_maps = pytest.mark.parametrize("name", WITH_MAPS)
-
-
-# --- the equations, from features and classifier weights -----------------------------------------
 
 
 def norm(maps: Tensor) -> Tensor:
@@ -56,15 +62,6 @@ def overlap_average(maps: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
         pieces = np.moveaxis(np.repeat(maps, new, axis=axis), axis, -1)
         maps = np.moveaxis(pieces.reshape(*pieces.shape[:-1], new, old).mean(-1), -1, axis)
     return maps
-
-
-def touched_maximum(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    def span(cell: int, old: int, new: int) -> slice:
-        return slice(cell * old // new, -(-(cell + 1) * old // new))
-
-    (h, w), (H, W) = size, maps.shape[1:]
-    rows = [[maps[:, span(i, H, h), span(j, W, w)].max((1, 2)) for j in range(w)] for i in range(h)]
-    return np.moveaxis(np.array(rows), -1, 0)
 
 
 def equations(
@@ -240,40 +237,6 @@ def test_one_logit_makes_the_human_terms_equal_and_the_contrast_zero() -> None:
     torch.testing.assert_close(contrast, torch.zeros_like(contrast))
 
 
-# --- human maps -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [((224, 224), (7, 7)), ((200, 200), (7, 7)), ((30, 50), (4, 7)), ((5, 3), (7, 7))],
-)
-def test_pooling_against_numpy(old: tuple[int, int], new: tuple[int, int]) -> None:
-    human = torch.rand(3, *old, dtype=torch.float64)
-    like = torch.rand(3, *new, dtype=torch.float64)
-    for pool, reference in (("area", overlap_average), ("max", touched_maximum)):
-        expected = norm(torch.from_numpy(reference(human.numpy(), new)))
-        target, present = losses._human(human, like, pool)
-        torch.testing.assert_close(target, expected, rtol=0, atol=1e-12)
-        assert present.all()
-
-
-def test_one_pixel_of_two_thousand_squared_is_not_lost() -> None:
-    defect = torch.zeros(1, 2000, 2000, dtype=torch.uint8)
-    defect[0, 700, 1300] = 255
-    like = torch.zeros(1, 7, 7)
-    cell = (0, 700 * 7 // 2000, 1300 * 7 // 2000)
-    for pool in ("area", "max"):
-        target, present = losses._human(defect, like, pool)
-        assert present.all()
-        assert target[cell] == target.sum() == 1
-    target, present = losses._human(255 - defect, like, "area")
-    assert present.all()
-    assert target[cell] == 0
-    clutter = torch.rand(1, 2000, 2000) + 5 * defect / 255
-    assert losses._human(clutter, like, "max")[0][cell] == 1
-    assert losses._human(clutter, like, "area")[0][cell] != 1
-
-
 @every_loss_with_maps
 @pytest.mark.parametrize("pool", ["area", "max"])
 def test_scale_type_and_channel_axis_of_human_maps_do_not_matter(name: str, pool: str) -> None:
@@ -345,14 +308,6 @@ def test_a_batch_without_human_maps_is_finite(name: str, empty: str | None) -> N
     assert_same_gradients(gradients(criterion(maps, human), model), gradients(rest, model))
 
 
-def test_a_constant_average_is_no_map() -> None:
-    board = ((torch.arange(28)[:, None] + torch.arange(28)) % 2).expand(3, -1, -1)
-    values = torch.tensor([1.0, 0.1, 255.0])[:, None, None]
-    assert not losses._human(board * values, torch.zeros(3, 7, 7), "area")[1].any()
-    even = torch.full((3, 200, 200), 0.1) * values  # 200/7 of a pixel: weights that round
-    assert not losses._human(even, torch.zeros(3, 7, 7, dtype=torch.float64), "area")[1].any()
-
-
 @every_loss
 def test_shards_average_to_the_joint_batch(name: str) -> None:
     torch.manual_seed(2)
@@ -370,8 +325,6 @@ def test_shards_average_to_the_joint_batch(name: str) -> None:
     for one, other in zip(gradients(shards, model), gradients(whole, model), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
-
-# --- numbers --------------------------------------------------------------------------------------
 
 rows = st.sampled_from(["random", "zero", "constant", "one cell", "tiny", "huge"])
 
@@ -433,7 +386,7 @@ def test_detaching_the_target_leaves_the_false_map_alone_to_move() -> None:
     maps = label_maps(true, false, torch.randn(4, 2, dtype=torch.float64))
 
     def contrast_term(detach: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        criterion = losses.ContrastSalienceLoss(detach_target=detach)
+        criterion = ContrastSalienceLoss(detach_target=detach)
         term = criterion.terms(maps, None)["contrast"]
         return term, *torch.autograd.grad(term, [true, false], allow_unused=True)
 
@@ -446,7 +399,7 @@ def test_detaching_the_target_leaves_the_false_map_alone_to_move() -> None:
     torch.testing.assert_close(literal_true, for_true)
     torch.testing.assert_close(literal_false, for_false)
     torch.testing.assert_close(detached_false, for_false)
-    function = losses.contrast_salience_loss(maps, None, detach_target=True)
+    function = contrast_salience_loss(maps, None, detach_target=True)
     assert torch.autograd.grad(function, true, allow_unused=True)[0].count_nonzero() == 0
 
 
@@ -476,9 +429,6 @@ def test_nothing_waits_for_the_device(name: str) -> None:
     )
     for human in (None, torch.empty(2, 30, 20, device="meta")):
         assert LOSSES[name]()(label_maps(true, false, logits), human).shape == ()
-
-
-# --- the modules ----------------------------------------------------------------------------------
 
 
 @every_loss
@@ -541,7 +491,9 @@ def test_an_unknown_pool_is_refused(name: str) -> None:
 
 def test_public_names_and_examples() -> None:
     public = {cls.__name__ for cls in LOSSES.values()} | {f.__name__ for f in FUNCTIONS.values()}
-    assert set(losses.__all__) == public | {"LOSSES", "Pool", "SalienceLoss"}
+    own = {name for name, one in vars(losses).items() if one.__class__ in (type, FunctionType)}
+    own = {name for name in own if getattr(losses, name).__module__ == losses.__name__}
+    assert {name for name in own if not name.startswith("_")} == public | {"SalienceLoss"}
     for cls in LOSSES.values():
         assert all(part in (cls.__doc__ or "") for part in ("CE", "Term", "Shape:", ">>>"))
     results = doctest.testmod(losses)

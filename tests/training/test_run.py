@@ -1,4 +1,4 @@
-"""The loop, runs and their resumption, on tiny networks and images written by the tests."""
+"""Runs: resumed, killed, shared by processes."""
 
 import json
 import os
@@ -8,35 +8,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffsal.data import ImageDataset, Index, Sample, read_index, with_validation
-from diffsal.images import Preprocessing
-from diffsal.losses import LOSSES, ContrastSalienceLoss, CrossEntropyLoss
-from diffsal.models import build_model, load_model, save_checkpoint
-from diffsal.train import (
-    EpochSampler,
-    TrainingConfig,
-    auroc,
-    fit,
-    is_best,
-    new_model,
-    predict,
-    train,
-)
+from diffsal.data.datasets import ImageDataset
+from diffsal.data.index import Index, Sample, read_index
+from diffsal.data.preprocessing import Preprocessing
+from diffsal.data.splits import with_validation
+from diffsal.models.architectures import build_model
+from diffsal.models.checkpoints import load_model, save_checkpoint
+from diffsal.training.config import TrainingConfig
+from diffsal.training.loop import predict
+from diffsal.training.losses import LOSSES, ContrastSalienceLoss
+from diffsal.training.run import new_model, train
 
 Refused = Callable[[str], AbstractContextManager[None]]
-
 TINY = TrainingConfig(
     architecture="torchvision:DenseNet",
     arguments={"growth_rate": 4, "block_config": [1, 1], "num_init_features": 8, "drop_rate": 0.2},
@@ -63,8 +55,9 @@ def net():
 RUN = """
 import sys
 import torch
-from diffsal.data import read_index
-from diffsal.train import TrainingConfig, train
+from diffsal.data.index import read_index
+from diffsal.training.config import TrainingConfig
+from diffsal.training.run import train
 
 torch.set_num_threads(1)
 train(read_index("index.csv"), sys.argv[1], TrainingConfig.from_toml(sys.argv[2]))
@@ -144,189 +137,6 @@ def write_config(path: Path, config: TrainingConfig) -> None:
     path.write_text("\n".join(lines))
 
 
-# ----------------------------------------------------------------------------------------- config
-
-
-def test_a_configuration_goes_through_toml_and_the_overrides_win(tmp_path: Path) -> None:
-    config = replace(TINY, alpha=0.4, mean=(0.5, 0.5, 0.5), amp="bf16")
-    write_config(tmp_path / "config.toml", config)
-    assert TrainingConfig.from_toml(tmp_path / "config.toml") == config
-    changed = TrainingConfig.from_toml(tmp_path / "config.toml", epochs=9, augment=())
-    assert changed == replace(config, epochs=9, augment=())
-    assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("epoch = 3", "config.toml: the key 'epoch' is unknown; near: epochs"),
-        ("epochs = '3'", "epochs must be int, not '3'"),
-        ("epochs = true", "epochs must be int, not True"),
-        ("epochs = 0", "epochs must be from 1"),
-        ("lr = nan", "lr must be from 0"),
-        ("alpha = -0.1", "alpha must be from 0"),
-        ("schedule = 'linear'", "schedule must be one of none, step, cosine, not 'linear'"),
-        ("method = 'contrst'", "must be one of cross-entropy, baseline.*, not 'contrst'"),
-        ("augment = ['flip']", "must be one of horizontal-flip.*, not 'flip'"),
-        ("augment = 'flip'", "augment must be"),
-        ("mean = [0.5, 0.5]", "mean must be"),
-        ("std = [0.5, 0.5, 0.0]", "std must be three positive"),
-        ("method = 'difference'\ngamma = 0.3", "difference has no gamma"),
-        ("method = 'cross-entropy'\nalpha = 0.3", "cross-entropy has no alpha"),
-        ("epochs: 3", "config.toml: is no TOML"),
-    ],
-)
-def test_bad_configurations(tmp_path: Path, refused: Refused, text: str, words: str) -> None:
-    (tmp_path / "config.toml").write_text(text)
-    with refused(words):
-        TrainingConfig.from_toml(tmp_path / "config.toml")
-
-
-def test_weights_and_pooling_reach_the_loss() -> None:
-    criterion = TrainingConfig(alpha=0.5, pool="max").criterion()
-    assert isinstance(criterion, ContrastSalienceLoss)
-    assert criterion.weights == {"cross_entropy": 0.5, "true": 0.3, "contrast": 0.3}
-    assert criterion.pool == "max"
-
-
-# ------------------------------------------------------------------------------------------- loop
-
-
-@pytest.mark.parametrize(("samples", "batch_size", "world"), [(23, 7, 1), (23, 7, 2), (8, 20, 3)])
-def test_every_sample_is_drawn_once_by_one_process(
-    samples: int, batch_size: int, world: int
-) -> None:
-    samplers = [EpochSampler(samples, batch_size, 5, rank, world) for rank in range(world)]
-    single = EpochSampler(samples, batch_size, 5)
-    orders = []
-    for epoch in (1, 2):
-        for sampler in (single, *samplers):
-            sampler.epoch = epoch
-        assert list(single) == list(single)
-        joined = [list(chain(*parts)) for parts in zip(*samplers, strict=True)]
-        assert joined == list(single)
-        sizes = [len(batch) for batch in joined]
-        assert sizes == single.sizes
-        assert max(sizes) <= batch_size
-        assert max(sizes) - min(sizes) <= 1
-        orders.append(list(chain(*joined)))
-        assert sorted(position for position, _ in orders[-1]) == list(range(samples))
-    assert orders[0] != orders[1]
-    assert dict(orders[0]) != dict(orders[1])  # the seeds
-    for step in range(len(single)):
-        assert sum(sampler.shares[step] for sampler in samplers) == pytest.approx(1)
-
-
-def plain_model(folder: Path) -> nn.Module:
-    torch.manual_seed(3)
-    namespace: dict[str, Any] = {}
-    exec((folder / "plain.py").read_text(), namespace)
-    model: nn.Module = namespace["net"]()
-    return model
-
-
-def dataset_of(index: Index, samples: slice = slice(None)) -> ImageDataset:
-    return ImageDataset(index.samples[samples], Preprocessing(size=(32, 32)))
-
-
-def test_fit_is_sgd_on_the_loss(index: Index, folder: Path) -> None:
-    """Against a loop written here, with cross-entropy and no capture."""
-    config = replace(TINY, schedule="step", epochs=14, weight_decay=0.01, batch_size=20)
-    dataset = dataset_of(index, slice(23))
-    model, other = plain_model(folder), plain_model(folder)
-    history = list(fit(model, CrossEntropyLoss(), dataset, None, config))
-
-    velocity = [torch.zeros_like(parameter) for parameter in other.parameters()]
-    sampler = EpochSampler(23, 20, config.seed)
-    for epoch in range(1, 15):
-        sampler.epoch = epoch
-        total = 0.0
-        for batch in sampler:
-            images = torch.stack([dataset[position][0] for position, _ in batch])
-            labels = torch.tensor([dataset[position][1] for position, _ in batch])
-            loss = F.cross_entropy(other(images), labels)
-            total += loss.item() * len(batch) / 23
-            gradients = torch.autograd.grad(loss, list(other.parameters()))
-            with torch.no_grad():
-                for parameter, gradient, speed in zip(
-                    other.parameters(), gradients, velocity, strict=True
-                ):
-                    speed.mul_(0.9).add_(gradient + 0.01 * parameter)
-                    parameter -= (0.05 if epoch <= 12 else 0.005) * speed
-        assert history[epoch - 1]["loss"] == pytest.approx(total, rel=1e-5)
-        assert history[epoch - 1]["lr"] == pytest.approx(0.05 if epoch <= 12 else 0.005)
-    for parameter, expected in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("method", list(LOSSES))
-@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
-def test_every_method_logs_its_terms_and_learns(index: Index, method: str, amp: str) -> None:
-    config = TrainingConfig.from_dict(
-        {**TINY.to_dict(), "method": method, "amp": amp, "epochs": 5, "lr": 0.1, "arguments": {}}
-    )
-    torch.manual_seed(1)
-    model = build_model("torchvision:DenseNet", {**TINY.arguments, "num_classes": 2})
-    criterion, dataset = config.criterion(), dataset_of(index)
-    history = list(fit(model, criterion, dataset, dataset, config))
-    for number, record in enumerate(history, start=1):
-        assert record["epoch"] == number
-        weighted = sum(weight * record[name] for name, weight in criterion.weights.items())
-        assert record["loss"] == pytest.approx(weighted, rel=1e-5)
-    assert history[-1]["cross_entropy"] < history[0]["cross_entropy"]
-    assert history[-1]["auroc"] > 0.9
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-
-
-def test_frozen_batch_normalisation_keeps_its_statistics(index: Index) -> None:
-    model = build_model("torchvision:DenseNet", {**TINY.arguments, "num_classes": 2})
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    for freezes in (True, False):
-        config = replace(TINY, freeze_batchnorm=freezes, epochs=1)
-        list(fit(model, CrossEntropyLoss(), dataset_of(index), None, config))
-        same = [torch.equal(buffer, before[name]) for name, buffer in model.named_buffers()]
-        assert all(same) is freezes
-
-
-@pytest.mark.parametrize("outputs", [1, 2, 3])
-def test_predictions_and_their_auroc(index: Index, outputs: int) -> None:
-    model = build_model("torchvision:DenseNet", {**TINY.arguments, "num_classes": outputs}).train()
-    dataset = dataset_of(index)
-    logits = predict(model, dataset, replace(TINY, workers=1))
-    assert model.training
-    with torch.no_grad():
-        expected = model.eval()(torch.stack([dataset[n][0] for n in range(len(dataset))]))
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-6)
-
-    labels = np.arange(48) % max(outputs, 2)
-    if outputs == 3:
-        parts = [roc_auc_score(labels == k, logits.softmax(1)[:, k]) for k in range(3)]
-        assert auroc(logits, labels.tolist()) == pytest.approx(np.mean(parts))
-    else:
-        scores = logits.sigmoid()[:, 0] if outputs == 1 else logits.softmax(1)[:, 1]
-        assert auroc(logits, labels.tolist()) == pytest.approx(roc_auc_score(labels, scores))
-
-
-def test_auroc_needs_every_class(refused: Refused) -> None:
-    with refused("AUROC is undefined"):
-        auroc(torch.randn(4, 2), [1, 1, 1, 1])
-
-
-def test_the_first_of_the_best_epochs_is_selected() -> None:
-    values = [0.5, 0.7, 0.6, 0.7, 0.8]
-    history = [{"auroc": value, "accuracy": 1 - value} for value in values]
-    prefixes = [history[: stop + 1] for stop in range(5)]
-    for select, expected in (("last", 4), ("best-auroc", 4), ("best-accuracy", 0)):
-        assert max(n for n in range(5) if is_best(prefixes[n], select)) == expected  # type: ignore[arg-type]
-    assert [is_best(prefix, "best-auroc") for prefix in prefixes] == [
-        True,
-        True,
-        False,
-        False,
-        True,
-    ]
-
-
 class Breaking(ContrastSalienceLoss):
     """Becomes NaN at one step."""
 
@@ -354,9 +164,6 @@ def test_a_loss_that_is_not_finite_names_its_step_and_loses_no_finished_epoch(
     assert not differences(tmp_path / "broken", tmp_path / "whole")
 
 
-# ------------------------------------------------------------------------------------------- runs
-
-
 def test_the_same_seed_gives_the_same_bits(index: Index, tmp_path: Path) -> None:
     for name, changes in (("a", {}), ("b", {"workers": 2}), ("c", {"seed": 1})):
         torch.manual_seed(hash(name))
@@ -373,7 +180,7 @@ def start(folder: Path, run: Path, config: TrainingConfig, *launcher: str) -> su
     return subprocess.Popen(
         [sys.executable, *launcher, "run.py", run, "config.toml"],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -1,0 +1,81 @@
+"""Images as they come to the model, batch by batch, and the maps of their labels."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffsal.auditing.settings import Settings
+from diffsal.data.datasets import ImageDataset
+from diffsal.data.index import Sample
+from diffsal.errors import DiffsalError
+from diffsal.explaining.records import failure
+from diffsal.maps.salience import explain
+from diffsal.maps.salience_maps import SalienceMaps
+from diffsal.models.checkpoints import LoadedModel
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images on the device: inputs (B, 3, H, W), labels (B,), human maps (B, H, W)."""
+
+    inputs: Tensor
+    labels: Tensor
+    human: Tensor
+    samples: list[Sample]
+
+
+def draw_samples(samples: list[Sample], count: int | None, seed: int) -> list[Sample]:
+    """At most ``count`` samples, drawn at random, in the order that they had.
+
+    Example:
+        >>> from pathlib import Path
+        >>> samples = [Sample(Path(f"{number}.png"), 0) for number in range(9)]
+        >>> [sample.path.stem for sample in draw_samples(samples, 3, seed=0)]
+        ['4', '5', '7']
+    """
+    if count is None or count >= len(samples):
+        return samples
+    drawn = np.random.default_rng(seed).choice(len(samples), count, replace=False)
+    return [samples[position] for position in np.sort(drawn)]
+
+
+def read_batches(
+    samples: Sequence[Sample],
+    loaded: LoadedModel,
+    settings: Settings,
+    title: str,
+    failed: list[dict[str, Any]],
+) -> Iterator[Batch]:
+    """Batches of what can be read; what cannot goes to ``failed``."""
+    dataset = ImageDataset(samples, settings.preprocessing)
+    dtype = next(loaded.model.parameters()).dtype
+    step = max(1, settings.batch_size // 8)  # each is perturbed into a hundred: progress is seen
+    with tqdm(total=len(samples), desc=title, unit="image", disable=None) as progress:
+        for start in range(0, len(samples), step):
+            items = []
+            for position in range(start, min(start + step, len(samples))):
+                try:
+                    items.append(dataset[position])
+                except DiffsalError as error:
+                    failed.append(failure(samples[position].path, error))
+            if items:
+                images, labels, human, positions = zip(*items, strict=True)
+                yield Batch(
+                    torch.stack(images).to(settings.device, dtype),
+                    torch.tensor(labels, device=settings.device),
+                    torch.stack(human).to(settings.device),
+                    [samples[position] for position in positions],
+                )
+            progress.update(min(step, len(samples) - start))
+
+
+def label_maps(loaded: LoadedModel, batch: Batch, false: Tensor | None = None) -> SalienceMaps:
+    """Of the labels, against the strongest other classes or ``false`` (B,)."""
+    return explain(
+        loaded.model, batch.inputs, batch.labels, false, target_layers=loaded.target_layer
+    )

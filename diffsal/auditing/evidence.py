@@ -1,0 +1,71 @@
+"""Everything that an audit measures, before it is put into words and files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from diffsal.auditing.batches import draw_samples
+from diffsal.auditing.measure import measure_samples, measure_subset
+from diffsal.auditing.rows import Measured
+from diffsal.auditing.settings import Settings
+from diffsal.auditing.stress import stress_test
+from diffsal.data.index import Index, Sample
+from diffsal.errors import DiffsalError
+from diffsal.models.checkpoints import LoadedModel, check_class_order
+from diffsal.system.devices import running
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of a model, and of a reference where there is one.
+
+    Attributes:
+        split: ``test`` or ``all``, the part of the index that was audited.
+        measured: the model's numbers.
+        randomisation: how alike its maps stay, by stage; ``None``: no image was set aside for it.
+        fooled: the stress test's copy; ``None`` where it could not be applied.
+        obstacle: why; empty where it was.
+        other: the reference's numbers.
+    """
+
+    split: str
+    measured: Measured
+    randomisation: dict[str, Any] | None
+    fooled: LoadedModel | None
+    obstacle: str
+    other: Measured | None
+
+
+def gather(
+    index: Index, loaded: LoadedModel, settings: Settings, reference: LoadedModel | None
+) -> Evidence:
+    """Measure; arguments and errors are those of :func:`diffsal.auditing.run.audit`."""
+    for model in (loaded, reference):
+        if model is not None:
+            check_class_order(model, index.classes, index.source)
+    samples, split = _chosen(index, settings)
+    measured = measure_samples(samples, index, loaded, settings, "audit")
+    with running(settings.device, settings.preprocessing.size, settings.batch_size):
+        randomisation = measure_subset(measured, loaded, settings)
+        fooled, obstacle = stress_test(index, split, measured, loaded, settings)
+    other = None if reference is None else _measure_reference(samples, index, reference, settings)
+    return Evidence(split, measured, randomisation, fooled, obstacle, other)
+
+
+def _chosen(index: Index, settings: Settings) -> tuple[list[Sample], str]:
+    """The samples to audit, in the index's order, and the split that they are of."""
+    samples, split = list(index.split("test")), "test"
+    if not samples:
+        samples, split = list(index.samples), "all"
+    if not samples:
+        raise DiffsalError(f"{index.source}: the index holds no images; list some")
+    return draw_samples(samples, settings.limit, settings.seed), split
+
+
+def _measure_reference(
+    samples: Sequence[Sample], index: Index, reference: LoadedModel, settings: Settings
+) -> Measured:
+    """By its own preprocessing, if its file names one."""
+    own = reference.preprocessing or settings.preprocessing
+    settings = replace(settings, preprocessing=own)
+    return measure_samples(samples, index, reference, settings, "reference")

@@ -1,0 +1,1 @@
+"""From files to pixels, labels and human maps."""

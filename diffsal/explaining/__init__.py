@@ -1,0 +1,1 @@
+"""From images to pictures of what speaks for and against a decision."""

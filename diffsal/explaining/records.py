@@ -1,0 +1,172 @@
+"""What is told of an image and of its model, before any file is written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffsal.data.preprocessing import Preprocessing
+from diffsal.errors import DiffsalError
+from diffsal.explaining.figures import Explanation
+from diffsal.maps.contrast import NO_CLASS, predicted_class, probabilities
+from diffsal.maps.salience_maps import SalienceMaps, normalize
+from diffsal.models.checkpoints import LoadedModel
+
+Record: TypeAlias = dict[str, Any]
+"""An image's entry in ``manifest.json``, as ``docs/files.md`` documents it."""
+
+NOT_FINITE = "the model's logits or maps are not finite: check its weights"
+"""The error of an image of which nothing can be shown."""
+
+_MAPS = ("true", "false", "difference")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An explained image, before its files are written.
+
+    Attributes:
+        path: of the image.
+        stem: what the names of its files begin with.
+        record: its entry in the manifest, without ``files``.
+        explanation: what its pictures show.
+        arrays: the content of ``<stem>.npz``.
+    """
+
+    path: Path
+    stem: str
+    record: Record
+    explanation: Explanation
+    arrays: dict[str, NDArray[Any]]
+
+
+def draft(
+    path: Path,
+    stem: str,
+    image: NDArray[np.uint8],
+    maps: SalienceMaps,
+    names: Sequence[str],
+    preprocessing: Preprocessing,
+) -> Draft:
+    """What is told of one image.
+
+    Args:
+        path: of the image.
+        stem: what the names of its files begin with.
+        image: (H, W, 3), in its own size.
+        maps: a batch of one, on the CPU.
+        names: one per class.
+        preprocessing: what made the model's input of the image.
+    """
+    raw = torch.cat([getattr(maps, name) for name in _MAPS])
+    placed = preprocessing.place(raw, image.shape[:2])
+    told = {"path": str(path)} | _decision(maps, names)
+    record = {name: None if value != value else value for name, value in told.items()}  # NaN
+    explanation = _explanation(path.name, image, placed, maps, told)
+    return Draft(path, stem, record, explanation, _arrays(raw, placed, maps))
+
+
+def _decision(maps: SalienceMaps, names: Sequence[str]) -> Record:
+    """What the model makes of the image, in numbers and names."""
+    true, false = int(maps.true_class), int(maps.false_class)
+    predicted = int(predicted_class(maps.logits))
+    difference = maps.difference.double()
+    return {
+        "logits": maps.logits[0].tolist(),
+        "probabilities": probabilities(maps.logits.double())[0].tolist(),
+        "predicted_class": predicted,
+        "predicted_name": names[predicted],
+        "true_class": true,
+        "true_name": names[true],
+        "true_from": maps.true_from,
+        "false_class": None if false == NO_CLASS else false,
+        "false_name": "the rest" if false == NO_CLASS else names[false],
+        "margin": float(maps.margin),
+        "evidence_for": float(difference.clamp(min=0).sum()),
+        "evidence_against": float(difference.clamp(max=0).sum()),
+        "residual": float(maps.residual),
+        "common_mode_share": float(maps.common_mode_share),
+    }
+
+
+def _explanation(
+    title: str, image: NDArray[np.uint8], placed: Tensor, maps: SalienceMaps, told: Record
+) -> Explanation:
+    share, false = told["probabilities"], told["false_class"]
+    true_probability = share[told["true_class"]]
+    shown = {field.name for field in fields(Explanation)}
+    return Explanation(
+        title=title,
+        image=image,
+        **dict(zip(_MAPS, placed.numpy(), strict=True)),
+        cells=(maps.true.shape[1], maps.true.shape[2]),
+        true_probability=true_probability,
+        false_probability=1 - true_probability if false is None else share[false],
+        predicted_probability=share[told["predicted_class"]],
+        outputs=maps.logits.shape[1],
+        **{name: value for name, value in told.items() if name in shown},
+    )
+
+
+def _arrays(raw: Tensor, placed: Tensor, maps: SalienceMaps) -> dict[str, NDArray[Any]]:
+    arrays = dict(zip(_MAPS, raw, strict=True))
+    for name, map_ in zip(_MAPS, placed, strict=True):
+        arrays[f"{name}_normalized"] = _normalize_seen(map_)
+    for name in ("logits", "true_class", "false_class"):
+        arrays[name] = getattr(maps, name)[0]
+    return {name: values.numpy() for name, values in arrays.items()}
+
+
+def _normalize_seen(placed: Tensor) -> Tensor:
+    """Normalise what the model saw; the rest stays NaN."""
+    seen = ~placed.isnan()
+    normalized = torch.full_like(placed, torch.nan)
+    if seen.any():  # nothing is, where the map is not finite
+        normalized[seen] = normalize(placed[seen][None])[0]
+    return normalized
+
+
+def failure(path: Path, error: object) -> Record:
+    """The record of an image that nothing else can be told of.
+
+    Example:
+        >>> failure(Path("a.png"), "a.png: no such file")
+        {'path': 'a.png', 'error': 'no such file'}
+    """
+    return {"path": str(path), "error": str(error).removeprefix(f"{path}: ")}
+
+
+def identity(loaded: LoadedModel) -> dict[str, Any]:
+    """Which model it was, as the files of explanations and audits tell it."""
+    return {
+        "path": str(loaded.path),
+        "sha256": loaded.sha256,
+        "architecture": loaded.architecture,
+        "arguments": loaded.arguments,
+        "target_layer": loaded.target_layer.name,
+    }
+
+
+def class_names(classes: Sequence[str] | None, count: int) -> list[str]:
+    """One name per class.
+
+    Raises:
+        DiffsalError: the number of names is not ``count``.
+
+    Example:
+        >>> class_names(None, 2)
+        ['class 0', 'class 1']
+    """
+    if classes is None:
+        return [f"class {index}" for index in range(count)]
+    if len(classes) != count:
+        raise DiffsalError(
+            f"{len(classes)} class names for a model of {count} classes: pass one for each with "
+            "--classes, in the order of the outputs"
+        )
+    return list(classes)
