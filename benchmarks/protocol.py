@@ -130,6 +130,7 @@ def grid(options: argparse.Namespace) -> tuple[float, float]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, and images per second of each way."""
     alone, at_once = bare_at_once(options, 1), bare_at_once(options, options.jobs)
     training, whole = grid(options)
     return {
@@ -143,6 +144,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
+    """The rates, and each as a share of the bare steps at once."""
     head = "{arch}, {method}, {size} px, batch {batch}, {amp}, {device}, {jobs} jobs at once"
     bare_rate = found["bare, all at once"]
     return "\n".join(
@@ -158,6 +160,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Print the table, or with ``--json`` the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=2)

@@ -1,4 +1,4 @@
-"""Images and human maps: finding, reading, checking, and the geometry of a network's input."""
+"""Images and human maps: finding, reading and checking."""
 
 from __future__ import annotations
 

@@ -133,6 +133,11 @@ class Preprocessing:
 
         Returns:
             (..., H0, W0). Pixels that ``"crop"`` cut off, which the network never saw, are NaN.
+
+        Example:
+            >>> Preprocessing(size=(64, 64)).place(torch.eye(2), (2, 4))
+            tensor([[1.0000, 0.7500, 0.2500, 0.0000],
+                    [0.0000, 0.2500, 0.7500, 1.0000]])
         """
         resized, corner = self._geometry(*size)
         rows, columns = (

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from diffsal.data.index import Index, Sample
+from diffsal.data.index import Index, Sample, Split
 from diffsal.errors import DiffsalError
 
 # A share is held out as some of at most this many folds.
@@ -32,7 +32,6 @@ def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> list[Samp
 
     Example:
         >>> from pathlib import Path
-        >>> from diffsal.data.index import Sample
         >>> samples = [Sample(Path(f"{number}.png"), number % 2) for number in range(20)]
         >>> [sample.label for sample in hold_out(samples, 0.2, seed=0)].count(1)
         2
@@ -69,7 +68,6 @@ def with_validation(index: Index, fraction: float = 0.2, seed: int = 0) -> Index
 
     Example:
         >>> from pathlib import Path
-        >>> from diffsal.data.index import Index, Sample
         >>> samples = tuple(Sample(Path(f"{number}.png"), number % 2) for number in range(20))
         >>> index = Index(Path("index.csv"), ("intact", "worn"), samples)
         >>> len(with_validation(index).split("val"))
@@ -80,12 +78,7 @@ def with_validation(index: Index, fraction: float = 0.2, seed: int = 0) -> Index
     candidates = index.split("train") or index.split("")
     if not candidates:
         raise DiffsalError(f"{index.source}: no sample has the split train; mark some")
-    held = {sample.path for sample in hold_out(candidates, fraction, seed)}
-    samples = [
-        replace(sample, split="val" if sample.path in held else sample.split or "train")
-        for sample in index.samples
-    ]
-    return replace(index, samples=tuple(samples))
+    return _marked(index, "val", hold_out(candidates, fraction, seed))
 
 
 def with_test(index: Index, fraction: float = 0.2, seed: int = 0) -> Index:
@@ -97,7 +90,6 @@ def with_test(index: Index, fraction: float = 0.2, seed: int = 0) -> Index:
 
     Example:
         >>> from pathlib import Path
-        >>> from diffsal.data.index import Index, Sample
         >>> samples = tuple(Sample(Path(f"{number}.png"), number % 2) for number in range(20))
         >>> index = Index(Path("index.csv"), ("intact", "worn"), samples)
         >>> len(with_test(index, 0.5).split("test"))
@@ -107,12 +99,7 @@ def with_test(index: Index, fraction: float = 0.2, seed: int = 0) -> Index:
         return index
     if len(index.split("")) < len(index.samples):
         raise DiffsalError(f"{index.source}: no sample has the split test; mark some")
-    held = {sample.path for sample in hold_out(index.samples, fraction, seed)}
-    samples = [
-        replace(sample, split="test" if sample.path in held else "train")
-        for sample in index.samples
-    ]
-    return replace(index, samples=tuple(samples))
+    return _marked(index, "test", hold_out(index.samples, fraction, seed))
 
 
 def leave_out(index: Index, subset: str, fraction: float = 0.2, seed: int = 0) -> Index:
@@ -132,7 +119,6 @@ def leave_out(index: Index, subset: str, fraction: float = 0.2, seed: int = 0) -
 
     Example:
         >>> from pathlib import Path
-        >>> from diffsal.data.index import Index, Sample
         >>> intact = [Sample(Path(f"{number}.png"), 0) for number in range(10)]
         >>> worn = [Sample(Path(f"{one}.png"), 1, subset=one[0]) for one in ("x1", "x2", "y1")]
         >>> index = Index(Path("index.csv"), ("intact", "worn"), (*intact, *worn))
@@ -156,12 +142,23 @@ def leave_out(index: Index, subset: str, fraction: float = 0.2, seed: int = 0) -
         )
     left_out = [sample for sample in index.samples if sample.subset == subset]
     marked = [sample for sample in left_out if sample.split == "test"]
-    tested = {sample.path for sample in (*held, *(marked or left_out))}
-    groups = {sample.group for sample in index.samples if sample.path in tested} - {""}
-    samples = [
-        replace(sample, split="test" if sample.path in tested else sample.split or "train")
+    tested = [*held, *(marked or left_out)]
+    paths = {sample.path for sample in tested}
+    groups = {sample.group for sample in index.samples if sample.path in paths} - {""}
+    remaining = [
+        sample
         for sample in index.samples
-        if sample.path in tested
+        if sample.path in paths
         or (sample.subset != subset and sample.split != "test" and sample.group not in groups)
+    ]
+    return _marked(replace(index, samples=tuple(remaining)), "test", tested)
+
+
+def _marked(index: Index, split: Split, chosen: Sequence[Sample]) -> Index:
+    """The chosen samples marked, and ``train`` the others that are not marked yet."""
+    paths = {sample.path for sample in chosen}
+    samples = [
+        replace(sample, split=split if sample.path in paths else sample.split or "train")
+        for sample in index.samples
     ]
     return replace(index, samples=tuple(samples))

@@ -1,13 +1,14 @@
 """The paper's protocol: task × method × held-out subset × seed, each a job that leaves one file.
 
 A :class:`Protocol` is read from TOML, with the samples of its indexes, and frozen: its hash goes
-into every file. :func:`run` does the jobs whose files are missing, several at once if asked, on one
-machine or on many that share a folder. A job trains a model, shows it the samples that were held
-out, and writes each one's logits and map measures; what a table says is computed from these, by
-:mod:`diffsal.tables`.
+into every file. :func:`diffsal.protocol.jobs.run` does the jobs whose files are missing, several at
+once if asked, on one machine or on many that share a folder. A job trains a model, shows it the
+samples that were held out, and writes each one's logits and map measures; what a table says is
+computed from these, by :mod:`diffsal.protocol.tables`.
 
 Experiment (a) of the paper, passive fooling, is one more job for each task and seed: it trains a
-model with cross-entropy, attacks it (:data:`ATTACKS`), and measures the four models alike."""
+model with cross-entropy, attacks it (:data:`diffsal.protocol.experiments.ATTACKS`), and measures
+the four models alike."""
 
 import hashlib
 import itertools
@@ -23,7 +24,8 @@ from diffsal.data.index import Index, read_index
 from diffsal.data.splits import leave_out, with_test
 from diffsal.errors import DiffsalError
 from diffsal.fooling.attack import FINE_TUNING
-from diffsal.protocol.scores import FOOLING, RESERVED
+from diffsal.protocol.scores import FOOLING
+from diffsal.protocol.tables import RESERVED
 from diffsal.training.config import TrainingConfig, read_toml
 from diffsal.training.losses import LOSSES
 from diffsal.training.run import check_split
@@ -61,6 +63,17 @@ class Task:
             ``test`` is tested, or a ``fraction`` of it where it names no splits.
         fraction: of the normals, or of all samples, that is held out where no splits are named.
         training: of this task; method, weights of the loss and seed come from the job.
+
+    Example:
+        >>> from diffsal.data.index import Sample
+        >>> intact = Sample(Path("a"), 0), Sample(Path("b"), 0)
+        >>> worn = (Sample(Path(name), 1, subset=name) for name in ("crack", "fray"))
+        >>> index = Index(Path("index.csv"), ("intact", "worn"), (*intact, *worn))
+        >>> task = Task("tiles", index, leave_out=True, fraction=0.5, training=TrainingConfig())
+        >>> task.subsets()
+        ['crack', 'fray']
+        >>> [sample.path.name for sample in task.split("fray").split("train")]
+        ['a', 'crack']
     """
 
     name: str
@@ -88,7 +101,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """What is done at once, and leaves one file."""
+    """What is done at once, and leaves one file.
+
+    Example:
+        >>> Job("tiles", "contrast", "crack", 0).file.as_posix()
+        'jobs/tiles--contrast--crack--seed0.json'
+    """
 
     task: str
     method: str
@@ -115,6 +133,16 @@ class Protocol:
             it.
         seeds: of every method on every task.
         fooling: how attacks are trained; ``None``: experiment (a) is left out.
+
+    Example:
+        >>> index = Index(Path("index.csv"), ("intact", "worn"), ())
+        >>> task = Task("tiles", index, leave_out=False, fraction=0.2, training=TrainingConfig())
+        >>> mine = {"method": "per-class", "beta": 2.0}
+        >>> protocol = Protocol((task,), {"mine": mine}, seeds=(0, 1), fooling=None)
+        >>> [str(job) for job in protocol.jobs()]
+        ['tiles / mine / in set / seed 0', 'tiles / mine / in set / seed 1']
+        >>> protocol.training(protocol.jobs()[1]).criterion().weights
+        {'cross_entropy': 0.3, 'true': 2.0, 'false': 0.3}
     """
 
     tasks: tuple[Task, ...]
@@ -123,7 +151,7 @@ class Protocol:
     fooling: TrainingConfig | None
 
     def jobs(self) -> list[Job]:
-        """All of the grid, seed by seed, so that early results span it."""
+        """All of the grid, in the order of :func:`grid`."""
         subsets = {task.name: task.subsets() for task in self.tasks}
         return grid(self.seeds, subsets, list(self.methods), self.fooling is not None)
 
@@ -152,7 +180,7 @@ class Protocol:
                     "leave_out": task.leave_out,
                     "fraction": task.fraction,
                     "samples": len(task.index.samples),
-                    "samples_sha256": _sha256(json.dumps(_identity(task.index)).encode()),
+                    "samples_sha256": hash_of(_identity(task.index)),
                     "training": _plain(task.training),
                 }
                 for task in self.tasks
@@ -198,6 +226,21 @@ def read_protocol(path: str | Path) -> Protocol:
     Raises:
         DiffsalError: an unknown key, a value that cannot be used, a split without a class or
             without the human maps that a method needs; see :func:`diffsal.data.index.read_index`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as name:
+        ...     folder = Path(name)
+        ...     for number in range(20):
+        ...         image = folder / "tiles" / "ab"[number % 2] / f"{number}.png"
+        ...         image.parent.mkdir(parents=True, exist_ok=True)
+        ...         image.touch()  # images are opened later
+        ...     text = "seeds = 2\\n[tasks.tiles]\\nindex = 'tiles'\\nleave_out = false\\n"
+        ...     _ = (folder / "grid.toml").write_text(text + "[methods.cross-entropy]")
+        ...     for job in read_protocol(folder / "grid.toml").jobs():
+        ...         print(job)
+        tiles / cross-entropy / in set / seed 0
+        tiles / cross-entropy / in set / seed 1
     """
     path = Path(path)
     content = read_toml(path)
@@ -363,19 +406,27 @@ def _plain(config: TrainingConfig) -> dict[str, Any]:
     left_out = (*_NOT_IN_TRAINING, *_OF_THE_MACHINE)
     plain = {name: value for name, value in config.to_dict().items() if name not in left_out}
     if Path(config.weights).is_file():
-        plain["weights"] = f"sha256:{_sha256(Path(config.weights).read_bytes())}"
+        digest = hashlib.sha256(Path(config.weights).read_bytes()).hexdigest()
+        plain["weights"] = f"sha256:{digest}"
     return plain
 
 
-def hash_of(frozen: Mapping[str, Any]) -> str:
-    """SHA-256 of plain JSON types, hexadecimal."""
-    return _sha256(json.dumps(frozen, sort_keys=True).encode())
+def hash_of(value: Any) -> str:
+    """SHA-256, hexadecimal, of plain JSON types, in whatever order their keys are.
 
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    Example:
+        >>> hash_of({"seeds": [0], "tasks": {}}) == hash_of({"tasks": {}, "seeds": [0]})
+        True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def slug(text: str) -> str:
+    """A name as part of a file's name.
+
+    Example:
+        >>> slug("contacts + print")
+        'contacts-print'
+    """
     """A text as part of a file name."""
     return re.sub(r"[^\w.-]+", "-", text)

@@ -1,4 +1,4 @@
-"""What a job does: train a model, or attack one, and measure it."""
+"""What a job does: train a model, perhaps attack it, and measure what came of it."""
 
 import tempfile
 from dataclasses import replace
@@ -13,7 +13,7 @@ from diffsal.data.index import Index
 from diffsal.fooling.attack import fool
 from diffsal.maps.target_layers import get_target_layer
 from diffsal.models.checkpoints import load_model, save_checkpoint
-from diffsal.protocol.configuration import Job, Protocol
+from diffsal.protocol.configuration import Job
 from diffsal.protocol.measures import maps_of, measured_columns, occluded_columns, typical_samples
 from diffsal.system.devices import choose_device
 from diffsal.training.config import TrainingConfig
@@ -30,16 +30,42 @@ ATTACKS: dict[str, dict[str, Any]] = {
 
 
 def train_job(
-    _protocol: Protocol, job: Job, index: Index, config: TrainingConfig, read: DecodedImages
+    job: Job, index: Index, config: TrainingConfig, read: DecodedImages
 ) -> dict[str, Any]:
-    """A method's model on the samples that were held out."""
+    """Train a method's model, and measure it on the samples that were held out.
+
+    Args:
+        job: whose results these are.
+        index: with the splits ``train`` and ``test``.
+        config: how the model is trained.
+        read: what has the samples' pixels.
+
+    Returns:
+        What the job's file holds of its results, see docs/protocol.md.
+
+    Example:
+        Four grey images to train on, as many to test:
+
+        >>> import numpy as np
+        >>> from diffsal.data.index import Sample
+        >>> splits = ["train"] * 4 + ["test"] * 4
+        >>> samples = (Sample(Path(str(n)), n % 2, split=name) for n, name in enumerate(splits))
+        >>> index = Index(Path("index.csv"), ("intact", "worn"), tuple(samples))
+        >>> read = lambda sample, _: (np.full((32, 32, 3), int(sample.path.name), np.uint8), None)
+        >>> arguments = {"growth_rate": 2, "block_config": [1, 1], "num_init_features": 2}
+        >>> config = TrainingConfig(
+        ...     "cross-entropy", architecture="torchvision:DenseNet", arguments=arguments,
+        ...     weights="none", size=32, epochs=1, batch_size=4, device="cpu",
+        ... )
+        >>> found = train_job(Job("grey", "cross-entropy", "", 0), index, config, read)
+        >>> np.shape(found["models"]["cross-entropy"]["logits"])
+        (4, 2)
+    """
     model, description, epochs = _trained(index, config, read)
     layer = get_target_layer(model, description["target_layer"])
     test = ImageDataset(index.split("test"), description["preprocessing"], read=read)
-    return {
-        "epochs": epochs,
-        "models": {job.method: measured_columns(model, layer, test, config)},
-    }
+    measured = measured_columns(model, layer, test, config.batch_size)
+    return {"epochs": epochs, "models": {job.method: measured}}
 
 
 def _trained(
@@ -56,13 +82,26 @@ def _trained(
 
 
 def fool_job(
-    protocol: Protocol, job: Job, index: Index, config: TrainingConfig, read: DecodedImages
+    attack: TrainingConfig, index: Index, config: TrainingConfig, read: DecodedImages
 ) -> dict[str, Any]:
-    """An honest model and the attacks on it, on the samples that were held out."""
-    assert protocol.fooling is not None
+    """Train an honest model, fool it, and measure all on the samples that were held out.
+
+    Args:
+        attack: how the attacks are trained; seed and machine are those of ``config``.
+        index: with the splits ``train`` and ``test``.
+        config: how the honest model is trained.
+        read: what has the samples' pixels.
+
+    Returns:
+        As :func:`train_job`, and what Figure 1 shows.
+
+    Example:
+        >>> ["honest", *ATTACKS]  # whose results there are
+        ['honest', 'passively fooled', 'head-shifted', 'adaptively fooled']
+    """
     model, description, epochs = _trained(index, config, read)
     test = ImageDataset(index.split("test"), description["preprocessing"], read=read)
-    attack = replace(protocol.fooling, seed=job.seed, device=config.device, workers=config.workers)
+    attack = replace(attack, seed=config.seed, device=config.device, workers=config.workers)
     models: dict[str, dict[str, Any]] = {}
     pictured: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +114,7 @@ def fool_job(
                 fool(index, load_model(honest), path, config=attack, read=read, **ATTACKS[name])
             loaded = load_model(path)
             model, layer = loaded.model.to(choose_device(config.device)), loaded.target_layer
-            models[name] = measured_columns(model, layer, test, config, with_edges=True)
+            models[name] = measured_columns(model, layer, test, config.batch_size, with_edges=True)
             models[name] |= occluded_columns(model, layer, test)
             pictured = pictured or typical_samples(models["honest"]["logits"], index)
             models[name]["maps"] = maps_of(model, layer, test, pictured)

@@ -7,15 +7,27 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Literal, TypeAlias
 
-from diffsal.protocol.scores import P_VALUE, P_VALUE_HOLM
 from diffsal.protocol.statistics import Cell
-from diffsal.protocol.tables import Table
+from diffsal.protocol.tables import P_VALUE, P_VALUE_HOLM, Table
 
 Format: TypeAlias = Literal["text", "markdown", "latex", "csv", "json"]
 
 
 def written(tables: Sequence[Table], form: Format) -> str:
-    """The tables as one text, in one of :data:`FORMATS`."""
+    """The tables as one text, in one of :data:`FORMATS`.
+
+    Example:
+        >>> from diffsal.protocol.statistics import Estimate
+        >>> row = ("contrast", (Estimate(0.7512, std=0.021), None))
+        >>> table = Table("subsets", "tiles", "AUROC", "± over seeds.", ("a", "b"), (row,))
+        >>> print(written([table], "text"))
+        AUROC
+        <BLANKLINE>
+                              a  b
+        contrast  0.751 ± 0.021  -
+        <BLANKLINE>
+        ± over seeds.
+    """
     return FORMATS[form](tables)
 
 
@@ -48,31 +60,32 @@ def _grid(table: Table) -> list[list[str]]:
 
 
 def _as_text(tables: Sequence[Table]) -> str:
-    parts = []
-    for table in tables:
-        grid = _grid(table)
-        widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
-        lines = [
-            "  ".join(
-                text.rjust(width) if column else text.ljust(width)
-                for column, (text, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in grid
-        ]
-        parts.append("\n".join([table.title, "", *lines, "", table.note]))
-    return "\n\n\n".join(parts)
+    return "\n\n\n".join(map(_text, tables))
+
+
+def _text(table: Table) -> str:
+    grid = _grid(table)
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    lines = [
+        "  ".join(
+            text.rjust(width) if column else text.ljust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in grid
+    ]
+    return "\n".join([table.title, "", *lines, "", table.note])
 
 
 def _as_markdown(tables: Sequence[Table]) -> str:
-    parts = []
-    for table in tables:
-        header, *rows = (
-            "| " + " | ".join(text.replace("|", "\\|") for text in line) + " |"
-            for line in _grid(table)
-        )
-        rule = "|---" * (len(table.columns) + 1) + "|"
-        parts.append("\n".join([f"### {table.title}", "", header, rule, *rows, "", table.note]))
-    return "\n\n".join(parts)
+    return "\n\n".join(map(_markdown, tables))
+
+
+def _markdown(table: Table) -> str:
+    header, *rows = (
+        "| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in _grid(table)
+    )
+    rule = "|---" * (len(table.columns) + 1) + "|"
+    return "\n".join([f"### {table.title}", "", header, rule, *rows, "", table.note])
 
 
 _LATEX = {
@@ -87,31 +100,22 @@ _LATEX = {
 
 def _as_latex(tables: Sequence[Table]) -> str:
     """Tables for the package booktabs."""
-    parts = []
-    for table in tables:
-        header, *rows = (
-            " & ".join(_latex(text) for text in line) + r" \\" for line in _grid(table)
-        )
-        parts.append(
-            "\n".join(
-                [
-                    r"\begin{table}",
-                    rf"\caption{{{_latex(table.title)}. {_latex(table.note)}}}",
-                    rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
-                    r"\toprule",
-                    header,
-                    r"\midrule",
-                    *rows,
-                    r"\bottomrule",
-                    r"\end{tabular}",
-                    r"\end{table}",
-                ]
-            )
-        )
-    return "\n\n".join(parts)
+    return "\n\n".join(map(_latex, tables))
 
 
-def _latex(text: str) -> str:
+def _latex(table: Table) -> str:
+    header, *rows = (" & ".join(map(_escaped, line)) + r" \\" for line in _grid(table))
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{{_escaped(table.title)}. {_escaped(table.note)}}}",
+        rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
+        *(r"\toprule", header, r"\midrule", *rows, r"\bottomrule"),
+        *(r"\end{tabular}", r"\end{table}"),
+    ]
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 

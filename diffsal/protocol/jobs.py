@@ -40,6 +40,12 @@ class Outcome:
         done: jobs that this call did.
         there: jobs of its share that had been done before.
         failed: jobs of its share that failed, and why.
+
+    Example:
+        >>> job = Job("tiles", "contrast", "crack", 0)
+        >>> outcome = Outcome(done=(), there=(), failed=((job, "the loss is not finite"),))
+        >>> [f"{job}: {error}" for job, error in outcome.failed]
+        ['tiles / contrast / crack / seed 0: the loss is not finite']
     """
 
     done: tuple[Job, ...]
@@ -76,6 +82,32 @@ def run(
         DiffsalError: ``out`` holds another protocol's results or cannot be written to; no such
             shard; an image that cannot be read; a process was ended from outside. What a single
             job raises is in the outcome.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> from diffsal.data.index import Sample
+        >>> from diffsal.protocol.configuration import Task
+        >>> from diffsal.training.config import TrainingConfig
+        >>> config = TrainingConfig(
+        ...     architecture="torchvision:DenseNet",
+        ...     arguments={"growth_rate": 2, "block_config": [1, 1], "num_init_features": 2},
+        ...     weights="none", size=32, epochs=1, batch_size=4,
+        ... )
+        >>> with TemporaryDirectory() as name:
+        ...     samples = []
+        ...     for number, split in enumerate(["train"] * 4 + ["test"] * 2):
+        ...         path = Path(name, f"{number}.png")
+        ...         Image.fromarray(np.full((32, 32, 3), number, np.uint8)).save(path)
+        ...         samples.append(Sample(path, number % 2, split=split))
+        ...     index = Index(Path(name, "index.csv"), ("intact", "worn"), tuple(samples))
+        ...     task = Task("grey", index, leave_out=False, fraction=0.2, training=config)
+        ...     protocol = Protocol((task,), {"plain": {"method": "cross-entropy"}}, (0,), None)
+        ...     first = run(protocol, Path(name, "results"), device="cpu")
+        ...     again = run(protocol, Path(name, "results"), device="cpu")
+        >>> len(first.done), len(again.done), len(again.there)
+        (1, 0, 1)
     """
     out = Path(out)
     rank, world = (shard[0] - 1, shard[1]) if shard else process_rank()
@@ -192,8 +224,10 @@ def _attempt(
     config = replace(protocol.training(job), device=device, workers=workers)
     index = protocol.task(job.task).split(job.subset)
     try:
-        do = fool_job if job.method == FOOLING else train_job
-        result = do(protocol, job, index, config, reads[job.task])
+        if job.method == FOOLING and protocol.fooling is not None:
+            result = fool_job(protocol.fooling, index, config, reads[job.task])
+        else:
+            result = train_job(job, index, config, reads[job.task])
         seconds = time.perf_counter() - started
         record = {"hash": identity, **_about(job, index, device), **result, "seconds": seconds}
         write_json(out / job.file, record, indent=None)

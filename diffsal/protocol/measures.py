@@ -17,9 +17,9 @@ from diffsal.fooling.targets import target_distance, target_map
 from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.maps.target_layers import TargetLayer
-from diffsal.training.config import TrainingConfig
 
 Columns: TypeAlias = dict[str, list[Any]]
+"""Measure to a value for each sample; ``None``: it has none."""
 _OCCLUDED = 40  # images; each costs a forward pass for every cell of its map
 
 
@@ -27,12 +27,33 @@ def measured_columns(
     model: nn.Module,
     layer: TargetLayer,
     test: ImageDataset,
-    config: TrainingConfig,
+    batch_size: int,
     with_edges: bool = False,
 ) -> Columns:
-    """Of every sample: logits; where the true and the difference map lie; their common part."""
+    """Of every sample: logits; where the true and the difference map lie; their common part.
+
+    Args:
+        model: of one or two logits, in evaluation mode.
+        layer: where its maps are taken.
+        test: the samples.
+        batch_size: how many at once.
+        with_edges: tell the maps' distances to a frame along the edges, too.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from diffsal.data.index import Sample
+        >>> from diffsal.data.preprocessing import Preprocessing
+        >>> from diffsal.maps.target_layers import get_target_layer
+        >>> read = lambda *_: (np.ones((4, 4, 3), np.uint8), np.eye(4, dtype=np.float32))
+        >>> samples = Sample(Path("a.png"), 0), Sample(Path("b.png"), 1)
+        >>> test = ImageDataset(samples, Preprocessing(size=(4, 4)), read=read)
+        >>> model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AvgPool2d(4), nn.Flatten()).eval()
+        >>> layer = get_target_layer(model, "0")
+        >>> measured_columns(model, layer, test, batch_size=2)["marked_share"]
+        [0.25, 0.25]
+    """
     parts: list[dict[str, Tensor]] = []
-    for images, labels, human, _ in DataLoader(test, config.batch_size):
+    for images, labels, human, _ in DataLoader(test, batch_size):
         maps = _explained(model, layer, images, labels)
         columns = {"logits": maps.logits}
         for name in ("true", "difference"):
@@ -49,7 +70,25 @@ def measured_columns(
 
 
 def occluded_columns(model: nn.Module, layer: TargetLayer, test: ImageDataset) -> Columns:
-    """Of some samples, spread over the index: does what the maps mark move the margin?"""
+    """Of some samples, spread over the index: does what the maps mark move the margin?
+
+    Example:
+        Where each cell sees one pixel, what it says is what it does:
+
+        >>> from pathlib import Path
+        >>> from diffsal.data.index import Sample
+        >>> from diffsal.data.preprocessing import Preprocessing
+        >>> from diffsal.maps.target_layers import get_target_layer
+        >>> noise = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+        >>> read = lambda sample, _: (noise[sample.label], None)
+        >>> samples = Sample(Path("a.png"), 0), Sample(Path("b.png"), 1)
+        >>> test = ImageDataset(samples, Preprocessing(size=(4, 4)), read=read)
+        >>> model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AvgPool2d(4), nn.Flatten()).eval()
+        >>> layer = get_target_layer(model, "0")
+        >>> found = occluded_columns(model, layer, test)["occlusion_difference"]
+        >>> [round(correlation, 3) for correlation in found]
+        [1.0, 1.0]
+    """
     device = next(model.parameters()).device
     chosen = np.linspace(0, len(test) - 1, min(_OCCLUDED, len(test))).astype(int).tolist()
     columns = {
@@ -69,7 +108,17 @@ def occluded_columns(model: nn.Module, layer: TargetLayer, test: ImageDataset) -
 
 
 def typical_samples(logits: Sequence[Sequence[float]], index: Index) -> list[int]:
-    """Of each class, the tested sample whose margin is the median."""
+    """Of each class, the tested sample whose margin is the median.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from diffsal.data.index import Sample
+        >>> labels = 0, 0, 0, 1
+        >>> samples = tuple(Sample(Path("image"), label, split="test") for label in labels)
+        >>> index = Index(Path("index.csv"), ("intact", "worn"), samples)
+        >>> typical_samples([[0, -1], [0, -5], [0, -3], [0, 2]], index)
+        [2, 3]
+    """
     labels = np.array([sample.label for sample in index.split("test")])
     margins = np.array(logits) @ ([1.0] if len(logits[0]) == 1 else [-1.0, 1.0])
     chosen = []
@@ -83,7 +132,22 @@ def typical_samples(logits: Sequence[Sequence[float]], index: Index) -> list[int
 def maps_of(
     model: nn.Module, layer: TargetLayer, test: ImageDataset, chosen: Sequence[int]
 ) -> dict[str, list[Any]]:
-    """Raw maps (h, w) of some samples, logits per cell."""
+    """Raw maps (h, w) of some samples, logits per cell.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from diffsal.data.index import Sample
+        >>> from diffsal.data.preprocessing import Preprocessing
+        >>> from diffsal.maps.target_layers import get_target_layer
+        >>> noise = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+        >>> read = lambda sample, _: (noise[sample.label], None)
+        >>> samples = Sample(Path("a.png"), 0), Sample(Path("b.png"), 1)
+        >>> test = ImageDataset(samples, Preprocessing(size=(4, 4)), read=read)
+        >>> model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AvgPool2d(4), nn.Flatten()).eval()
+        >>> layer = get_target_layer(model, "0")
+        >>> {name: np.shape(maps) for name, maps in maps_of(model, layer, test, [1]).items()}
+        {'true': (1, 4, 4), 'false': (1, 4, 4), 'difference': (1, 4, 4)}
+    """
     images, labels, _, _ = zip(*(test[position] for position in chosen), strict=True)
     maps = _explained(model, layer, torch.stack(images), torch.tensor(labels))
     return {name: _column(getattr(maps, name)) for name in ("true", "false", "difference")}

@@ -13,21 +13,28 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffsal.explaining.overlays import overlay
+from diffsal.protocol.scores import ByMethod
 from diffsal.system.files import replacing
 
 _COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 _MAPS = ("true", "false", "difference")
 
 
-def save_aurocs(
-    path: Path, title: str, areas: Mapping[str, Mapping[str, Mapping[int, float]]]
-) -> None:
+def save_aurocs(path: Path, title: str, areas: ByMethod) -> None:
     """Write a plot of AUROC by subset and method: a dot for each seed, a bar at their mean.
 
     Args:
         path: of the PNG.
         title: above the plot.
         areas: method, subset and seed to AUROC; methods and subsets in the order of the plot.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "a.png")
+        ...     save_aurocs(file, "AUROC", {"contrast": {"crack": {0: 0.7, 1: 0.8}}})
+        ...     Image.open(file).size
+        (720, 504)
     """
     methods = list(areas)
     subsets = list(dict.fromkeys(subset for by_subset in areas.values() for subset in by_subset))
@@ -47,12 +54,8 @@ def save_aurocs(
             half = 0.25 / len(methods)
             spread = np.linspace(-half, half, len(values)) if len(values) > 1 else np.zeros(1)
             axes.plot(centre + spread, values, "o", color=colour, alpha=0.6, markersize=3.5)
-            axes.plot(
-                [centre - 1.3 * half, centre + 1.3 * half],
-                [np.mean(values)] * 2,
-                color=colour,
-                lw=2,
-            )
+            ends = [centre - 1.3 * half, centre + 1.3 * half]
+            axes.plot(ends, [np.mean(values)] * 2, color=colour, lw=2)
         axes.plot([], [], "o-", color=colour, label=method)
     for place in range(1, len(subsets)):
         axes.axvline(place - 0.5, color="0.9", linewidth=0.8, zorder=0)
@@ -77,6 +80,18 @@ def save_fooling(path: Path, title: str, job: Mapping[str, Any]) -> None:
         path: of the PNG.
         title: above the page.
         job: a job of experiment (a), whose pictured samples are shown side by side.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from diffsal.auditing.report import data_uri
+        >>> maps = dict.fromkeys(_MAPS, [[[1.0, 0.0], [0.0, -1.0]]])
+        >>> job = {"classes": ["intact", "worn"], "samples": {"path": ["a.png"], "label": [0]}}
+        >>> job |= {"pictured": [0], "pictures": [data_uri(np.zeros((8, 8, 3), np.uint8))]}
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "f.png")
+        ...     save_fooling(file, "maps", {**job, "models": {"honest": {"maps": maps}}})
+        ...     Image.open(file).size
+        (744, 318)
     """
     models, pictures = job["models"], [_decoded(uri) for uri in job["pictures"]]
     columns = 1 + len(_MAPS)

@@ -1,4 +1,4 @@
-"""A folder of results, read back."""
+"""A folder of results: read back, and drawn."""
 
 import json
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from diffsal.protocol.plots import save_aurocs, save_fooling
 from diffsal.protocol.scores import FOOLING, Score, aurocs
 
 CONFIGURATION = "protocol.json"
+"""The file with the protocol that a folder of results is for, and its hash."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,15 @@ class Results:
     """What a folder holds.
 
     Attributes:
-        protocol: see :meth:`Protocol.to_dict`.
-        hash: see :meth:`Protocol.hash`.
+        protocol: see :meth:`diffsal.protocol.configuration.Protocol.to_dict`.
+        hash: see :meth:`diffsal.protocol.configuration.Protocol.hash`.
         jobs: the content of each job's file.
         missing: how many jobs have no file yet.
+
+    Example:
+        >>> results = Results({"seeds": [0, 1]}, "0f", ({"seed": 0, "models": {}},), missing=1)
+        >>> [job["seed"] for job in results.jobs]
+        [0]
     """
 
     protocol: dict[str, Any]
@@ -32,10 +38,24 @@ class Results:
 
 
 def read_results(out: str | Path) -> Results:
-    """Read a folder that :func:`run` writes to, finished or not.
+    """Read a folder that :func:`diffsal.protocol.jobs.run` writes to, finished or not.
 
     Raises:
         DiffsalError: there are no results, or a file is damaged or of another protocol.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from diffsal.system.files import write_json
+        >>> tasks = {"tiles": {"subsets": [""]}}
+        >>> plan = {"seeds": [0, 1], "tasks": tasks, "methods": {"contrast": {}}, "fooling": None}
+        >>> job = {"hash": "0f", "task": "tiles", "method": "contrast", "subset": "", "seed": 0}
+        >>> with TemporaryDirectory() as name:
+        ...     write_json(Path(name, "protocol.json"), {"hash": "0f", "protocol": plan})
+        ...     file = Path(name, "jobs", "tiles--contrast--in-set--seed0.json")
+        ...     write_json(file, {**job, "models": {}})
+        ...     results = read_results(name)
+        >>> len(results.jobs), results.missing
+        (1, 1)
     """
     out = Path(out)
     if not (out / CONFIGURATION).is_file():
@@ -62,6 +82,17 @@ def draw(results: Results, out: str | Path, score: Score = "margin") -> list[Pat
 
     Returns:
         The PNG files, in the folder ``plots`` of ``out``.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> job = {"task": "tiles", "method": "contrast", "subset": "crack", "seed": 0}
+        >>> models = {"contrast": {"logits": [[1, 0], [0, 1]]}}
+        >>> samples = {"label": [0, 1], "subset": ["", "crack"]}
+        >>> plan = {"methods": {"contrast": {}}, "tasks": {"tiles": {}}}
+        >>> with TemporaryDirectory() as name:
+        ...     job |= {"samples": samples, "models": models}
+        ...     [path.name for path in draw(Results(plan, "0f", (job,), 0), name)]
+        ['tiles-auroc.png']
     """
     folder, paths = Path(out, "plots"), []
     for task, by_method in aurocs(results.jobs, score).items():
@@ -80,6 +111,18 @@ def draw(results: Results, out: str | Path, score: Score = "margin") -> list[Pat
 
 
 def read_json(file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A file of a folder of results.
+
+    Raises:
+        DiffsalError: it cannot be read, or has not all of the ``keys``.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as name:
+        ...     _ = Path(name, "job.json").write_text('{"seed": 3}')
+        ...     read_json(Path(name, "job.json"), ("seed",))
+        {'seed': 3}
+    """
     """A JSON object that has some keys."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -12,24 +12,26 @@ from sklearn.metrics import roc_auc_score
 from diffsal.errors import DiffsalError
 from diffsal.protocol.statistics import BySeed
 
-Job: TypeAlias = Mapping[str, Any]
+JobContent: TypeAlias = Mapping[str, Any]
+"""What a job's file holds."""
 Score: TypeAlias = Literal["margin", "softmax", "logit-1"]
 """What samples are ranked by: the margin of class 1 over class 0, its softmax probability, or the
 logit of class 1 alone, which is what the published CYBORG script ranks by."""
-Aurocs: TypeAlias = dict[str, dict[str, dict[str, BySeed]]]
-"""Task, method, subset and seed to AUROC."""
+ByMethod: TypeAlias = Mapping[str, Mapping[str, BySeed]]
+"""Method, subset and seed to AUROC."""
 
 FOOLING = "fooling"
 """Stands where the method's name does in a job of experiment (a)."""
-
-IN_SET = "in set"
-MEAN, P_VALUE, P_VALUE_HOLM = "mean", "p", "p (Holm)"
-RESERVED = (MEAN, P_VALUE, P_VALUE_HOLM)
-"""Columns beside those of the subsets, after which no subset can be called."""
+_IN_SET = "in set"
 
 
 def scores_of(logits: ArrayLike, score: Score) -> NDArray[np.float64]:
-    """(N,): what AUROC is computed from, of logits (N, K)."""
+    """What samples are ranked by (N,), from their one or two logits (N, 1 or 2).
+
+    Example:
+        >>> scores_of([[1.0, 3.0], [2.0, 0.0]], "margin")
+        array([ 2., -2.])
+    """
     values = np.asarray(logits, np.float64)
     if score == "logit-1":
         return values[:, -1]
@@ -40,16 +42,25 @@ def scores_of(logits: ArrayLike, score: Score) -> NDArray[np.float64]:
     return softmax
 
 
-def aurocs(jobs: Sequence[Job], score: Score = "margin") -> Aurocs:
-    """AUROC (scikit-learn) of every job that trains a method.
+def aurocs(jobs: Sequence[JobContent], score: Score = "margin") -> Mapping[str, ByMethod]:
+    """AUROC (scikit-learn) of every job that trains a method, by task.
 
     A job without a left-out subset counts once for each subset among its tested samples, against
     all of them that have none; or once, where none has a subset.
 
     Raises:
         DiffsalError: a subset that is tested against nothing.
+
+    Example:
+        >>> job = {"task": "tiles", "method": "contrast", "subset": "crack", "seed": 0}
+        >>> samples = {"label": [0, 1, 0, 1], "subset": ["", "crack", "", "crack"]}
+        >>> models = {"contrast": {"logits": [[2, 0], [0, 2], [0, 1], [0, 0]]}}
+        >>> aurocs([{**job, "samples": samples, "models": models}])["tiles"]["contrast"]["crack"]
+        {0: 0.75}
     """
-    found: Aurocs = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    found: dict[str, dict[str, dict[str, BySeed]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(dict))
+    )
     for job in jobs:
         if job["method"] == FOOLING:
             continue
@@ -66,21 +77,33 @@ def aurocs(jobs: Sequence[Job], score: Score = "margin") -> Aurocs:
     return found
 
 
-def tested_groups(job: Job) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Names of what is tested together, and which samples these are."""
+def tested_groups(job: JobContent) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Names of what is tested together, and which samples (N,) these are.
+
+    Example:
+        >>> job = {"subset": "", "samples": {"subset": ["", "crack", "fray"]}}
+        >>> for name, chosen in tested_groups(job):
+        ...     print(name, chosen)
+        crack [ True  True False]
+        fray [ True False  True]
+    """
     subsets = np.array(job["samples"]["subset"])
     names = sorted(set(subsets) - {""})
     if job["subset"] or not names:
-        yield job["subset"] or IN_SET, np.ones(len(subsets), bool)
+        yield job["subset"] or _IN_SET, np.ones(len(subsets), bool)
         return
     for name in names:
         yield name, (subsets == name) | (subsets == "")
 
 
-def mean_of_subsets(by_subset: Mapping[str, BySeed], subsets: Sequence[str]) -> BySeed:
-    """Unweighted mean over the subsets, of the seeds that have all of them."""
-    seeds = [set(by_subset.get(subset, {})) for subset in subsets]
-    complete = sorted(set.intersection(*seeds)) if seeds else []
+def mean_of_subsets(by_subset: Mapping[str, BySeed]) -> BySeed:
+    """Unweighted mean over the subsets, of the seeds that have all of them.
+
+    Example:
+        >>> mean_of_subsets({"crack": {0: 0.5, 1: 0.6}, "fray": {0: 1.0}})
+        {0: 0.75}
+    """
     return {
-        seed: float(np.mean([by_subset[subset][seed] for subset in subsets])) for seed in complete
+        seed: float(np.mean([by_seed[seed] for by_seed in by_subset.values()]))
+        for seed in sorted(set.intersection(*map(set, by_subset.values())))
     }

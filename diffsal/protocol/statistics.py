@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 BySeed: TypeAlias = dict[int, float]
+"""Seed to a number of the model that was trained from it."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class Estimate:
         low: lower end of its 95 % interval.
         high: upper end.
         count: of seeds or subsets that it comes from.
+
+    Example:
+        >>> Estimate(0.75, std=0.02, count=10).count
+        10
     """
 
     value: float
@@ -31,10 +36,16 @@ class Estimate:
 
 
 Cell: TypeAlias = Estimate | None
+"""Of a table; ``None``: there is no such number."""
 
 
 def mean_over_seeds(values: Sequence[float]) -> Cell:
-    """Mean and sample standard deviation; none of one value."""
+    """Mean and sample standard deviation; none of one value.
+
+    Example:
+        >>> mean_over_seeds([0.5, 0.75, 1.0])
+        Estimate(value=0.75, std=0.25, low=None, high=None, count=3)
+    """
     if not values:
         return None
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -42,7 +53,12 @@ def mean_over_seeds(values: Sequence[float]) -> Cell:
 
 
 def mean_over_subsets(means: Sequence[float]) -> Cell:
-    """Unweighted mean of the subsets' means, and their population standard deviation."""
+    """Unweighted mean of the subsets' means, and their population standard deviation.
+
+    Example:
+        >>> mean_over_subsets([0.5, 1.0])
+        Estimate(value=0.75, std=0.25, low=None, high=None, count=2)
+    """
     if not means:
         return None
     return Estimate(float(np.mean(means)), float(np.std(means)), count=len(means))
@@ -52,6 +68,13 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     """Mean of the differences of equal seeds, and Student's 95 % interval for it.
 
     Of one pair, or of differences that are all the same, there is no interval.
+
+    Example:
+        >>> found = paired_difference({0: 0.75, 1: 1.0, 2: 0.5}, {0: 0.5, 1: 0.5})
+        >>> found.value, found.count
+        (0.375, 2)
+        >>> round(found.low, 3), round(found.high, 3)
+        (-1.213, 1.963)
     """
     differences = _differences(values, baseline)
     if len(differences) == 0:
@@ -64,7 +87,12 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979): p-values that all hold together."""
+    """Holm's step-down adjustment (1979): p-values that all hold together.
+
+    Example:
+        >>> holm([0.25, 0.0625, 0.5])
+        [0.5, 0.1875, 0.5]
+    """
     order = np.argsort(p_values, kind="stable")
     adjusted = np.empty(len(p_values))
     highest = 0.0
@@ -75,7 +103,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def wilcoxon(values: Mapping[int, float], baseline: Mapping[int, float]) -> float | None:
-    """Two-sided p-value of Wilcoxon's signed-rank test over the seeds that both have."""
+    """Two-sided p-value of Wilcoxon's signed-rank test over the seeds that both have.
+
+    Example:
+        >>> round(wilcoxon({0: 0.6, 1: 0.8, 2: 1.0}, {0: 0.5, 1: 0.5, 2: 0.5}), 3)  # 2 of 2³ signs
+        0.25
+    """
     differences = _differences(values, baseline)
     if len(differences) < 2:
         return None
@@ -87,6 +120,11 @@ def _differences(values: Mapping[int, float], baseline: Mapping[int, float]) -> 
 
 
 def mean_known(values: Sequence[float | None]) -> float | None:
-    """The mean of the values that are there."""
+    """Mean of the values that are there; ``None`` where none is.
+
+    Example:
+        >>> mean_known([0.5, None, 1.0])
+        0.75
+    """
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None

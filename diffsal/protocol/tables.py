@@ -24,11 +24,8 @@ from sklearn.metrics import roc_auc_score
 from diffsal.errors import DiffsalError
 from diffsal.protocol.scores import (
     FOOLING,
-    MEAN,
-    P_VALUE,
-    P_VALUE_HOLM,
-    Aurocs,
-    Job,
+    ByMethod,
+    JobContent,
     Score,
     aurocs,
     mean_of_subsets,
@@ -47,6 +44,9 @@ from diffsal.protocol.statistics import (
     wilcoxon,
 )
 
+MEAN, P_VALUE, P_VALUE_HOLM = "mean", "p", "p (Holm)"
+RESERVED = (MEAN, P_VALUE, P_VALUE_HOLM)
+"""Columns beside those of the subsets, after which no subset can be called."""
 _MAP_MEASURES = {
     "pointing_true": "pointing game, true",
     "pointing_difference": "pointing game, difference",
@@ -76,6 +76,12 @@ class Table:
         note: what the numbers and their spreads are.
         columns: names.
         rows: name and cells; ``None``: there is no such number.
+
+    Example:
+        >>> row = ("baseline, crack", (Estimate(0.75), None))
+        >>> table = Table("seeds", "tiles", "AUROC", "One each.", ("seed 0", "seed 1"), (row,))
+        >>> dict(table.rows)["baseline, crack"][0].value
+        0.75
     """
 
     name: str
@@ -88,7 +94,7 @@ class Table:
 
 def make_tables(
     protocol: Mapping[str, Any],
-    jobs: Sequence[Job],
+    jobs: Sequence[JobContent],
     score: Score = "margin",
     baseline: str | None = None,
 ) -> list[Table]:
@@ -97,71 +103,89 @@ def make_tables(
     Args:
         protocol: see :class:`diffsal.protocol.results.Results`, as for ``jobs``.
         jobs: content of the jobs' files.
-        score: see :data:`Score`.
+        score: see :data:`diffsal.protocol.scores.Score`.
         baseline: the method that others are compared to; ``None``: the one called ``baseline``, or
             else the first.
 
     Raises:
-        DiffsalError: the protocol has no such method; see :func:`aurocs`.
+        DiffsalError: the protocol has no such method; see :func:`diffsal.protocol.scores.aurocs`.
+
+    Example:
+        >>> job = {"task": "tiles", "method": "contrast", "subset": "crack", "seed": 0}
+        >>> job["samples"] = {"label": [0, 1], "subset": ["", "crack"]}
+        >>> measured = dict.fromkeys(_MAP_MEASURES, [None, 0.5])
+        >>> job["models"] = {"contrast": {"logits": [[1, 0], [0, 1]], **measured}}
+        >>> tasks = {"tiles": {"subsets": ["crack"]}}
+        >>> plan = {"methods": {"contrast": {}}, "tasks": tasks, "seeds": [0]}
+        >>> tables = {table.name: table for table in make_tables(plan, [job])}
+        >>> list(tables)
+        ['overall', 'subsets', 'differences', 'maps', 'map-differences', 'seeds']
+        >>> tables["seeds"].rows[0][0], tables["seeds"].rows[0][1][0].value
+        ('contrast, crack', 1.0)
     """
+    methods = list(protocol["methods"])
     if baseline is None:
-        baseline = (
-            "baseline" if "baseline" in protocol["methods"] else next(iter(protocol["methods"]))
-        )
-    if baseline not in protocol["methods"]:
+        baseline = "baseline" if "baseline" in methods else methods[0]
+    if baseline not in methods:
         raise DiffsalError(
             f"the protocol has no method {baseline!r} to compare to; pass --baseline, one of "
-            f"{', '.join(protocol['methods'])}"
+            f"{', '.join(methods)}"
         )
-    areas = aurocs(jobs, score)
-    methods = list(protocol["methods"])
-    tables = [_overall_table(protocol, areas, methods, score)] if areas else []
+    found = aurocs(jobs, score)
+    areas = {
+        task: _completed(found[task], methods, plan["subsets"])
+        for task, plan in protocol["tasks"].items()
+        if task in found
+    }
+    tables = [_overall_table(areas, methods, score)] if areas else []
     for task in protocol["tasks"]:
         of_task = [job for job in jobs if job["task"] == task]
-        by_method = areas.get(task, {})
-        subsets = _subsets(protocol, task, by_method)
-        if by_method:
-            tables.append(_subsets_table(task, by_method, methods, subsets, score))
-            tables.append(_differences_table(task, by_method, methods, subsets, baseline))
-            tables += _maps_tables(task, of_task, methods, subsets, baseline)
         fooled = [job for job in of_task if job["method"] == FOOLING]
+        if task in areas:
+            tables.append(_subsets_table(task, areas[task], score))
+            tables.append(_differences_table(task, areas[task], baseline))
+            tables += _maps_tables(task, areas[task], of_task, baseline)
         if fooled:
             tables += _fooling_tables(task, fooled)
-        if by_method:
-            tables.append(_seeds_table(task, by_method, methods, subsets, protocol["seeds"]))
+        if task in areas:
+            tables.append(_seeds_table(task, areas[task], protocol["seeds"]))
     return tables
 
 
-def _subsets(
-    protocol: Mapping[str, Any], task: str, by_method: Mapping[str, Mapping[str, BySeed]]
-) -> list[str]:
-    """What is left out in turn, done or not; else what was tested, which every job has in full."""
-    planned = [subset for subset in protocol["tasks"][task]["subsets"] if subset]
-    return planned or sorted({name for by_subset in by_method.values() for name in by_subset})
+def _completed(found: ByMethod, methods: Sequence[str], planned: Sequence[str]) -> ByMethod:
+    """Every method and subset in the order of the tables; no seeds where nothing is done yet.
+
+    Subsets are those left out in turn; else what was tested, which every job has in full.
+    """
+    tested = sorted({name for by_subset in found.values() for name in by_subset})
+    subsets = [subset for subset in planned if subset] or tested
+    return {
+        method: {subset: found.get(method, {}).get(subset, {}) for subset in subsets}
+        for method in methods
+    }
 
 
-def _overall_table(
-    protocol: Mapping[str, Any], areas: Aurocs, methods: Sequence[str], score: Score
-) -> Table:
+def _subsets(areas: ByMethod) -> list[str]:
+    """All methods have the same."""
+    return list(next(iter(areas.values())))
+
+
+def _over_seeds(by_seed: BySeed) -> Cell:
+    return mean_over_seeds(list(by_seed.values()))
+
+
+def _overall_table(areas: Mapping[str, ByMethod], methods: Sequence[str], score: Score) -> Table:
     rows: list[tuple[str, tuple[Cell, ...]]] = []
-    for task in protocol["tasks"]:
-        if task not in areas:
-            continue
-        subsets = _subsets(protocol, task, areas[task])
-        overall = {name: mean_of_subsets(areas[task].get(name, {}), subsets) for name in methods}
-        over_seeds = tuple(mean_over_seeds(list(overall[name].values())) for name in methods)
-        rows.append((f"{task}, ± over seeds", over_seeds))
-        if len(subsets) > 1:
-            means = {
-                name: [
-                    float(np.mean([areas[task][name][subset][seed] for seed in overall[name]]))
-                    for subset in subsets
-                    if overall[name]
-                ]
-                for name in methods
-            }
-            over_subsets = tuple(mean_over_subsets(means[name]) for name in methods)
-            rows.append((f"{task}, ± over subsets", over_subsets))
+    for task, by_method in areas.items():
+        overall = {name: mean_of_subsets(by_subset) for name, by_subset in by_method.items()}
+        rows.append((f"{task}, ± over seeds", tuple(map(_over_seeds, overall.values()))))
+        if len(_subsets(by_method)) > 1:
+            over_subsets = []
+            for name, seeds in overall.items():
+                values = ([one[seed] for seed in seeds] for one in by_method[name].values())
+                means = [float(np.mean(of_subset)) for of_subset in values if of_subset]
+                over_subsets.append(mean_over_subsets(means))
+            rows.append((f"{task}, ± over subsets", tuple(over_subsets)))
     return Table(
         "overall",
         "",
@@ -173,49 +197,33 @@ def _overall_table(
     )
 
 
-def _subsets_table(
-    task: str,
-    by_method: Mapping[str, Mapping[str, BySeed]],
-    methods: Sequence[str],
-    subsets: Sequence[str],
-    score: Score,
-) -> Table:
+def _subsets_table(task: str, areas: ByMethod, score: Score) -> Table:
     rows = []
-    for name in methods:
-        by_subset = by_method.get(name, {})
-        cells = [mean_over_seeds(list(by_subset.get(one, {}).values())) for one in subsets]
-        overall = mean_over_seeds(list(mean_of_subsets(by_subset, subsets).values()))
-        rows.append((name, (*cells, overall)))
+    for name, by_subset in areas.items():
+        means = (*by_subset.values(), mean_of_subsets(by_subset))
+        rows.append((name, tuple(map(_over_seeds, means))))
     return Table(
         "subsets",
         task,
         f"{task}: AUROC by subset (the paper's Tables 3 and 4), ranked by {score}",
         "Mean ± sample standard deviation over seeds.",
-        (*subsets, MEAN),
+        (*_subsets(areas), MEAN),
         tuple(rows),
     )
 
 
-def _differences_table(
-    task: str,
-    by_method: Mapping[str, Mapping[str, BySeed]],
-    methods: Sequence[str],
-    subsets: Sequence[str],
-    baseline: str,
-) -> Table:
-    others = [name for name in methods if name != baseline]
-    base = by_method.get(baseline, {})
-    base_overall = mean_of_subsets(base, subsets)
-    overall = {name: mean_of_subsets(by_method.get(name, {}), subsets) for name in others}
-    raw = {name: wilcoxon(overall[name], base_overall) for name in others}
-    known = [(name, p) for name, p in raw.items() if p is not None]
-    adjusted = dict(zip((name for name, _ in known), holm([p for _, p in known]), strict=True))
+def _differences_table(task: str, areas: ByMethod, baseline: str) -> Table:
+    by_column = {
+        name: {**by_subset, MEAN: mean_of_subsets(by_subset)} for name, by_subset in areas.items()
+    }
+    base = by_column.pop(baseline)
+    raw = {name: wilcoxon(one[MEAN], base[MEAN]) for name, one in by_column.items()}
+    known = {name: p for name, p in raw.items() if p is not None}
+    adjusted = dict(zip(known, holm(list(known.values())), strict=True))
     rows = []
-    for name in others:
-        by_subset = by_method.get(name, {})
-        cells = [paired_difference(by_subset.get(one, {}), base.get(one, {})) for one in subsets]
-        tests = (_number(raw[name]), _number(adjusted.get(name)))
-        rows.append((name, (*cells, paired_difference(overall[name], base_overall), *tests)))
+    for name, one in by_column.items():
+        cells = (paired_difference(one[column], base[column]) for column in base)
+        rows.append((name, (*cells, _number(raw[name]), _number(adjusted.get(name)))))
     return Table(
         "differences",
         task,
@@ -223,26 +231,23 @@ def _differences_table(
         "Mean and Student's 95 % interval over seeds, on the same test images; intervals of "
         "single subsets are not corrected for their number. p: Wilcoxon's signed-rank test of the "
         "mean over subsets, and the same after Holm's correction for the number of methods.",
-        (*subsets, MEAN, P_VALUE, P_VALUE_HOLM),
+        (*base, P_VALUE, P_VALUE_HOLM),
         tuple(rows),
     )
 
 
 def _maps_tables(
-    task: str, jobs: Sequence[Job], methods: Sequence[str], subsets: Sequence[str], baseline: str
+    task: str, areas: ByMethod, jobs: Sequence[JobContent], baseline: str
 ) -> list[Table]:
-    columns = tuple(_MAP_MEASURES.values())
+    columns, subsets = tuple(_MAP_MEASURES.values()), _subsets(areas)
     found = {
         name: [_map_measure(jobs, name, measure, subsets) for measure in _MAP_MEASURES]
-        for name in methods
+        for name in areas
     }
-    means = [
-        (name, tuple(mean_over_seeds(list(by_seed.values())) for by_seed in found[name]))
-        for name in methods
-    ]
+    means = [(name, tuple(map(_over_seeds, by_measure))) for name, by_measure in found.items()]
     differences = [
         (name, tuple(map(paired_difference, found[name], found[baseline])))
-        for name in methods
+        for name in areas
         if name != baseline
     ]
     return [
@@ -268,9 +273,11 @@ def _maps_tables(
     ]
 
 
-def _map_measure(jobs: Sequence[Job], method: str, measure: str, subsets: Sequence[str]) -> BySeed:
+def _map_measure(
+    jobs: Sequence[JobContent], method: str, measure: str, subsets: Sequence[str]
+) -> BySeed:
     """Mean over the samples, then over the subsets, of each seed."""
-    by_subset: dict[str, BySeed] = defaultdict(dict)
+    by_subset: dict[str, BySeed] = {subset: {} for subset in subsets}
     for job in jobs:
         if job["method"] == method:
             values = job["models"][method][measure]
@@ -278,10 +285,10 @@ def _map_measure(jobs: Sequence[Job], method: str, measure: str, subsets: Sequen
                 mean = mean_known(list(itertools.compress(values, chosen)))
                 if mean is not None:
                     by_subset[subset][job["seed"]] = mean
-    return mean_of_subsets(by_subset, subsets)
+    return mean_of_subsets(by_subset)
 
 
-def _fooling_tables(task: str, jobs: Sequence[Job]) -> list[Table]:
+def _fooling_tables(task: str, jobs: Sequence[JobContent]) -> list[Table]:
     found: dict[str, dict[str, BySeed]] = {}
     for name in jobs[0]["models"]:
         found[name] = defaultdict(dict)
@@ -292,8 +299,7 @@ def _fooling_tables(task: str, jobs: Sequence[Job]) -> list[Table]:
     compared = {"AUROC": "AUROC", **_FOOLING_MEASURES}
     columns = {**compared, "told": "told by share", "change": "change"}
     means = [
-        (name, tuple(mean_over_seeds(list(by[measure].values())) for measure in columns))
-        for name, by in found.items()
+        (name, tuple(_over_seeds(by[measure]) for measure in columns)) for name, by in found.items()
     ]
     differences = [
         (name, tuple(paired_difference(by[one], found["honest"][one]) for one in compared))
@@ -325,7 +331,7 @@ def _fooling_tables(task: str, jobs: Sequence[Job]) -> list[Table]:
     ]
 
 
-def _fooled(job: Job, name: str) -> dict[str, float | None]:
+def _fooled(job: JobContent, name: str) -> dict[str, float | None]:
     """A model's numbers in one job."""
     labels, model, honest = job["samples"]["label"], job["models"][name], job["models"]["honest"]
     numbers = {"AUROC": float(roc_auc_score(labels, scores_of(model["logits"], "margin")))}
@@ -334,7 +340,7 @@ def _fooled(job: Job, name: str) -> dict[str, float | None]:
         return {**numbers, **means, "told": None, "change": None}
     before, after = (scores_of(one["logits"], "softmax") for one in (honest, model))
     shares = [
-        [value for value in one["common_mode_share"] if value is not None]
+        [share for share in one["common_mode_share"] if share is not None]
         for one in (honest, model)
     ]
     told = None
@@ -344,20 +350,11 @@ def _fooled(job: Job, name: str) -> dict[str, float | None]:
     return {**numbers, **means, "told": told, "change": float(np.abs(after - before).max())}
 
 
-def _seeds_table(
-    task: str,
-    by_method: Mapping[str, Mapping[str, BySeed]],
-    methods: Sequence[str],
-    subsets: Sequence[str],
-    seeds: Sequence[int],
-) -> Table:
+def _seeds_table(task: str, areas: ByMethod, seeds: Sequence[int]) -> Table:
     rows = [
-        (
-            f"{name}, {subset}",
-            tuple(_number(by_method.get(name, {}).get(subset, {}).get(seed)) for seed in seeds),
-        )
-        for name in methods
-        for subset in subsets
+        (f"{name}, {subset}", tuple(_number(by_seed.get(seed)) for seed in seeds))
+        for name, by_subset in areas.items()
+        for subset, by_seed in by_subset.items()
     ]
     return Table(
         "seeds",

@@ -22,6 +22,10 @@ def choose_device(name: str = "auto") -> torch.device:
 
     Raises:
         DiffsalError: no such device, here or at all.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
     """
     if name == "auto":
         mps = torch.backends.mps.is_available()

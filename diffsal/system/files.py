@@ -32,6 +32,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         DiffsalError: the folder cannot be made or written to.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing(Path(folder, "new", "a.txt")) as scratch:
+        ...         _ = scratch.write_text("whole")
+        ...         there_yet = Path(folder, "new", "a.txt").exists()
+        ...     there_yet, Path(folder, "new", "a.txt").read_text()
+        (False, 'whole')
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +65,12 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write ``value`` as JSON, on one line for an ``indent`` of ``None``.
 
     NaN and infinities must have been replaced by None.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(Path(folder, "row.json"), {"margin": 0.5}, indent=None)
+        ...     Path(folder, "row.json").read_text()
+        '{"margin": 0.5}\\n'
     """
     with replacing(path) as scratch:
         scratch.write_text(

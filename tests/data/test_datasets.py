@@ -20,21 +20,6 @@ from diffsal.errors import DiffsalError
 PLAIN = Preprocessing(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1))
 
 
-def write_image(path: Path, size: tuple[int, int] = (10, 12)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(len(str(path))).integers(0, 256, (*size, 3), np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name in ("a.png", "b.png", "c.png"):
-        write_image(tmp_path / "images" / name)
-        write_image(tmp_path / "maps" / name)
-    return tmp_path
-
-
 def marked_sample(folder: Path, size: tuple[int, int], map_size: tuple[int, int]) -> Sample:
     """An image whose red channel is its human map: a bright upper left corner."""
 
@@ -100,7 +85,7 @@ def test_augmentation_follows_from_the_seed_alone(folder: Path) -> None:
 
 
 def test_decoded_images_are_the_same_without_decoding(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    write_image: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = [
         Sample(folder / "images/a.png", 0),

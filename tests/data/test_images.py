@@ -1,14 +1,16 @@
-"""TODO"""
+"""Images and maps as they are read, on files written by the tests."""
 
 import contextlib
 import itertools
 import os
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pydicom
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +18,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 from diffsal.data.images import find_images, read_image, read_map
+from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 
 RNG = np.random.default_rng(0)
@@ -284,6 +287,18 @@ def test_damaged_file_is_read_or_refused(tmp_path_factory, data):
         image = read_image(path)
         assert image.dtype == np.uint8
         assert image.shape[2:] == (3,)
+
+
+def test_worker_threads_read_what_one_thread_reads(tmp_path):
+    paths = []
+    for index in range(40):
+        paths.append(tmp_path / f"{index}.{['png', 'jpg', 'tif', 'bmp', 'webp'][index % 5]}")
+        Image.fromarray(np.roll(COLOUR, index)).save(paths[-1])
+    preprocessing = Preprocessing(size=(32, 32), resize="crop")
+    with ThreadPoolExecutor(8) as pool:
+        inputs = list(pool.map(lambda path: preprocessing(read_image(path)), paths))
+    for path, ours in zip(paths, inputs, strict=True):
+        assert torch.equal(ours, preprocessing(read_image(path)))
 
 
 def save_dicom(path, pixels, bits=None, syntax=ExplicitVRLittleEndian, **elements):

@@ -1,29 +1,12 @@
 """Indexes from CSV files and folders, on files written by the tests."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from diffsal.data.index import Index, Sample, Split, read_index
-from diffsal.data.splits import leave_out, with_validation
+from diffsal.data.index import Sample, read_index
 from diffsal.errors import DiffsalError
-
-
-def write_image(path: Path, size: tuple[int, int] = (10, 12)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(len(str(path))).integers(0, 256, (*size, 3), np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name in ("a.png", "b.png", "c.png"):
-        write_image(tmp_path / "images" / name)
-        write_image(tmp_path / "maps" / name)
-    return tmp_path
 
 
 def write_index(folder: Path, text: str, encoding: str = "utf-8") -> Path:
@@ -71,7 +54,9 @@ def test_labels_are_names_or_positions(
     assert tuple(sample.label for sample in index.samples) == expected
 
 
-def test_class_folders_with_a_parallel_folder_of_maps(tmp_path: Path) -> None:
+def test_class_folders_with_a_parallel_folder_of_maps(
+    write_image: Callable[..., Path], tmp_path: Path
+) -> None:
     first = write_image(tmp_path / "images/normal/one.jpg")
     second = write_image(tmp_path / "images/defect/deep/one.png")
     drawn = write_image(tmp_path / "masks/defect/deep/one.bmp")
@@ -151,7 +136,9 @@ def test_bad_files_and_folders(folder: Path) -> None:
         (["a.png", "a.bmp"], "has the same name"),
     ],
 )
-def test_maps_that_cannot_be_assigned(folder: Path, files: list[str], words: str) -> None:
+def test_maps_that_cannot_be_assigned(
+    write_image: Callable[..., Path], folder: Path, files: list[str], words: str
+) -> None:
     for name in files:
         write_image(folder / "drawn" / name)
     path = write_index(folder, "path,label\nimages/a.png,x\nimages/b.png,y\n")
@@ -159,7 +146,9 @@ def test_maps_that_cannot_be_assigned(folder: Path, files: list[str], words: str
         read_index(path, maps=folder / "drawn")
 
 
-def test_maps_of_a_csv_are_not_shared_by_images_of_one_name(folder: Path) -> None:
+def test_maps_of_a_csv_are_not_shared_by_images_of_one_name(
+    write_image: Callable[..., Path], folder: Path
+) -> None:
     write_image(folder / "more/a.png")
     path = write_index(folder, "path,label\nimages/a.png,x\nmore/a.png,y\n")
     with pytest.raises(DiffsalError, match="line 2: another image is called 'a'"):
@@ -167,59 +156,3 @@ def test_maps_of_a_csv_are_not_shared_by_images_of_one_name(folder: Path) -> Non
     named = write_index(folder, "path,label,map\nimages/a.png,x,maps/a.png\nmore/a.png,y,\n")
     with pytest.raises(DiffsalError, match="names maps itself"):
         read_index(named, maps=folder / "maps")
-
-
-def grouped_samples() -> list[Sample]:
-    """300 samples in groups of one to four: two thirds normal, the rest of three kinds."""
-    generator = np.random.default_rng(0)
-    groups = np.repeat(np.arange(150), generator.integers(1, 5, 150))[:300]
-    kinds = generator.permutation(["", "", "", "", "", "", "crack", "fray", "break"] * 34)[:300]
-    return [
-        Sample(Path(f"{number}.png"), int(kind != ""), None, str(kind), str(group))
-        for number, (kind, group) in enumerate(zip(kinds, groups, strict=True))
-    ]
-
-
-def test_validation_is_split_off_unless_it_is_named() -> None:
-    samples = grouped_samples()
-    index = with_validation(Index(Path("i.csv"), ("n", "d"), tuple(samples)), 0.2, seed=1)
-    assert [sample.path for sample in index.samples] == [sample.path for sample in samples]
-    assert len(index.split("train")) + len(index.split("val")) == 300
-    assert 55 <= len(index.split("val")) <= 65
-    assert with_validation(index, 0.5, seed=2) is index
-
-    marked = [
-        Sample(sample.path, sample.label, split="test" if number < 100 else "train")
-        for number, sample in enumerate(samples)
-    ]
-    index = with_validation(Index(Path("i.csv"), ("n", "d"), tuple(marked)), 0.25, seed=1)
-    assert index.split("test") == tuple(marked[:100])
-    assert len(index.split("val")) == pytest.approx(50, abs=1)
-    untrained = Index(Path("i.csv"), ("n", "d"), tuple(marked[:100]))
-    with pytest.raises(DiffsalError, match=r"i\.csv: no sample has the split train"):
-        with_validation(untrained)
-
-
-def test_leaving_out_follows_the_splits_of_the_index() -> None:
-    def sample(name: str, subset: str, split: Split) -> Sample:
-        return Sample(Path(name), int(subset != ""), None, subset, "", split)
-
-    samples = (
-        sample("n1", "", "train"),
-        sample("n2", "", "test"),
-        sample("n3", "", "val"),
-        sample("a1", "a", "train"),
-        sample("a2", "a", "test"),
-        sample("b1", "b", "train"),
-        sample("b2", "b", "test"),
-    )
-    index = leave_out(Index(Path("i.csv"), ("n", "d"), samples), "a")
-    names = {split: [s.path.name for s in index.split(split)] for split in ("train", "val", "test")}
-    assert names == {"train": ["n1", "b1"], "val": ["n3"], "test": ["n2", "a2"]}
-    unmarked = tuple(one for one in samples if one.path.name != "a2")
-    index = leave_out(Index(Path("i.csv"), ("n", "d"), unmarked), "a")
-    assert [s.path.name for s in index.split("test")] == ["n2", "a1"]
-    with pytest.raises(DiffsalError, match=r"no subset 'c'; there are: a, b"):
-        leave_out(index, "c")
-    with pytest.raises(DiffsalError, match="no samples without a subset"):
-        leave_out(Index(Path("i.csv"), ("n", "d"), samples[3:]), "a")

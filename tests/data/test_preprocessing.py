@@ -1,7 +1,6 @@
-"""TODO"""
+"""From pixels to inputs as torchvision makes them, and from maps back to the image."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision import transforms
 
-from diffsal.data.images import read_image
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 
@@ -147,15 +145,3 @@ def test_place_marks_exactly_what_the_crop_kept():
     assert (rows[0], rows[-1]) == (28, 419)  # 16 and 240, times 448 / 256
     assert (columns[0], columns[-1]) == (60, 451)  # 34 and 258, times 512 / 292: 59.6 and 452.4
     assert torch.equal(placed[kept], torch.ones(int(kept.sum())))
-
-
-def test_worker_threads_read_what_one_thread_reads(tmp_path):
-    paths = []
-    for index in range(40):
-        paths.append(tmp_path / f"{index}.{['png', 'jpg', 'tif', 'bmp', 'webp'][index % 5]}")
-        Image.fromarray(np.roll(COLOUR, index)).save(paths[-1])
-    preprocessing = Preprocessing(size=(32, 32), resize="crop")
-    with ThreadPoolExecutor(8) as pool:
-        inputs = list(pool.map(lambda path: preprocessing(read_image(path)), paths))
-    for path, ours in zip(paths, inputs, strict=True):
-        assert torch.equal(ours, preprocessing(read_image(path)))

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffsal.data.index import Index, Sample
-from diffsal.data.splits import hold_out, leave_out, with_test
+from diffsal.data.index import Index, Sample, Split
+from diffsal.data.splits import hold_out, leave_out, with_test, with_validation
 from diffsal.errors import DiffsalError
 
 
@@ -50,6 +50,26 @@ def test_hold_out_says_what_is_too_few() -> None:
         hold_out(few, 0.2, 0)
 
 
+def test_validation_is_split_off_unless_it_is_named() -> None:
+    samples = grouped_samples()
+    index = with_validation(Index(Path("i.csv"), ("n", "d"), tuple(samples)), 0.2, seed=1)
+    assert [sample.path for sample in index.samples] == [sample.path for sample in samples]
+    assert len(index.split("train")) + len(index.split("val")) == 300
+    assert 55 <= len(index.split("val")) <= 65
+    assert with_validation(index, 0.5, seed=2) is index
+
+    marked = [
+        Sample(sample.path, sample.label, split="test" if number < 100 else "train")
+        for number, sample in enumerate(samples)
+    ]
+    index = with_validation(Index(Path("i.csv"), ("n", "d"), tuple(marked)), 0.25, seed=1)
+    assert index.split("test") == tuple(marked[:100])
+    assert len(index.split("val")) == pytest.approx(50, abs=1)
+    untrained = Index(Path("i.csv"), ("n", "d"), tuple(marked[:100]))
+    with pytest.raises(DiffsalError, match=r"i\.csv: no sample has the split train"):
+        with_validation(untrained)
+
+
 def test_leaving_out_subsets_tests_them_against_the_same_normals() -> None:
     samples = grouped_samples()
     index = Index(Path("i.csv"), ("n", "d"), tuple(samples))
@@ -66,6 +86,31 @@ def test_leaving_out_subsets_tests_them_against_the_same_normals() -> None:
         assert len(train) == sum(s.group not in tested for s in samples)
     assert normals[0] == normals[1] == normals[2]
     assert len(normals[0]) == pytest.approx(0.3 * 200, abs=10)
+
+
+def test_leaving_out_follows_the_splits_of_the_index() -> None:
+    def sample(name: str, subset: str, split: Split) -> Sample:
+        return Sample(Path(name), int(subset != ""), None, subset, "", split)
+
+    samples = (
+        sample("n1", "", "train"),
+        sample("n2", "", "test"),
+        sample("n3", "", "val"),
+        sample("a1", "a", "train"),
+        sample("a2", "a", "test"),
+        sample("b1", "b", "train"),
+        sample("b2", "b", "test"),
+    )
+    index = leave_out(Index(Path("i.csv"), ("n", "d"), samples), "a")
+    names = {split: [s.path.name for s in index.split(split)] for split in ("train", "val", "test")}
+    assert names == {"train": ["n1", "b1"], "val": ["n3"], "test": ["n2", "a2"]}
+    unmarked = tuple(one for one in samples if one.path.name != "a2")
+    index = leave_out(Index(Path("i.csv"), ("n", "d"), unmarked), "a")
+    assert [s.path.name for s in index.split("test")] == ["n2", "a1"]
+    with pytest.raises(DiffsalError, match=r"no subset 'c'; there are: a, b"):
+        leave_out(index, "c")
+    with pytest.raises(DiffsalError, match="no samples without a subset"):
+        leave_out(Index(Path("i.csv"), ("n", "d"), samples[3:]), "a")
 
 
 def test_a_test_split_is_held_out_unless_the_index_names_one() -> None:

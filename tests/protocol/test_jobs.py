@@ -1,10 +1,9 @@
-"""The grid's jobs: that they survive being killed, and what their files hold."""
+"""That a run survives being killed, shares its work, and what its files hold."""
 
-import csv
 import json
 import multiprocessing
 import os
-import shutil
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,82 +11,15 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
 
 from diffsal.cli.main import main
-from diffsal.data.datasets import decode
-from diffsal.protocol import jobs as module
+from diffsal.data.datasets import DecodedImages, decode
+from diffsal.protocol import jobs
 from diffsal.protocol.configuration import Job, read_protocol
-from diffsal.protocol.experiments import train_job
 from diffsal.protocol.jobs import run
 from diffsal.protocol.results import read_results
-
-SUBSETS = ("bar", "dot")
-TRAINING = """
-[training]
-architecture = "torchvision:DenseNet"
-arguments = { growth_rate = 4, block_config = [1, 1], num_init_features = 8 }
-weights = "none"
-size = 32
-epochs = 1
-batch_size = 8
-lr = 0.01
-"""
-GRID = f"""
-seeds = 2
-{TRAINING}
-[tasks.tiles]
-index = "index.csv"
-[methods.cross-entropy]
-[methods.contrast]
-"""
-FOOLING = """
-[fooling]
-epochs = 1
-batch_size = 8
-"""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Sixteen plain tiles and ten with each kind of defect; a group is two photographs."""
-    folder = tmp_path_factory.mktemp("tiles")
-    generator = np.random.default_rng(0)
-    rows = []
-    for subset, count in (("", 16), *((subset, 10) for subset in SUBSETS)):
-        for number in range(count):
-            pixels = generator.integers(0, 80, (40, 40, 3), dtype=np.uint8)
-            mask = np.zeros((40, 40), np.uint8)
-            if subset:
-                height = 4 if subset == "bar" else 10
-                mask[8 : 8 + height, 10:30] = 255
-                pixels[mask > 0] = 250
-            name = f"{subset or 'plain'}{number}.png"
-            Image.fromarray(pixels).save(folder / name)
-            human_map = ""
-            if subset:
-                human_map = f"mask-{name}"
-                Image.fromarray(mask).save(folder / human_map)
-            label = "defect" if subset else "normal"
-            rows.append([name, label, human_map, subset, f"{subset}{number // 2}"])
-    with (folder / "index.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["path", "label", "map", "subset", "group"], *rows])
-    return folder
-
-
-def write(folder, text=GRID, name="grid.toml"):
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def grid(data):
-    return read_protocol(write(data))
 
 
 def comparable(out):
@@ -102,17 +34,7 @@ def comparable(out):
     return found
 
 
-@pytest.fixture(scope="module")
-def done(data, tmp_path_factory):
-    """The grid with experiment (a), undisturbed."""
-    out = tmp_path_factory.mktemp("done")
-    outcome = run(read_protocol(write(data, GRID + FOOLING)), out, device="cpu")
-    assert not outcome.failed
-    assert len(outcome.done) == 10
-    return out
-
-
-def test_every_subset_is_tested_with_the_same_normals_and_left_out_of_training(done, data):
+def test_every_subset_is_tested_with_the_same_normals_and_left_out_of_training(done):
     normals = set()
     for file in (done / "jobs").glob("tiles--contrast--*.json"):
         job = json.loads(file.read_text("utf-8"))
@@ -123,23 +45,44 @@ def test_every_subset_is_tested_with_the_same_normals_and_left_out_of_training(d
     assert len(normals) == 1
 
 
-def test_another_protocol_does_not_mix_with_the_results(data, done, refused):
-    text = (GRID + FOOLING).replace("lr = 0.01", "lr = 0.02")
+def test_files_hold_the_hash_and_no_path_of_this_machine(done, data, whole_grid):
+    protocol = json.loads((done / "protocol.json").read_text("utf-8"))
+    assert protocol["hash"] == whole_grid.hash()
+    for file in (done / "protocol.json", *(done / "jobs").iterdir()):
+        text = file.read_text("utf-8")
+        assert str(data) not in text
+        assert protocol["hash"] in text
+
+
+def test_nothing_is_done_twice_and_what_is_missing_is_done(done, whole_grid):
+    before = {file: file.stat().st_mtime_ns for file in (done / "jobs").iterdir()}
+    again = run(whole_grid, done, device="cpu")
+    assert (len(again.done), len(again.there)) == (0, 10)
+    assert {file: file.stat().st_mtime_ns for file in (done / "jobs").iterdir()} == before
+    lost = Job("tiles", "contrast", "bar", 1)
+    kept = (done / lost.file).read_text("utf-8")
+    (done / lost.file).unlink()
+    assert run(whole_grid, done, device="cpu").done == (lost,)
+    first, second = json.loads(kept), json.loads((done / lost.file).read_text("utf-8"))
+    assert first["models"] == second["models"]
+
+
+def test_another_protocol_does_not_mix_with_the_results(data, done, refused, write, whole_toml):
+    text = whole_toml.replace("lr = 0.01", "lr = 0.02")
     with refused("another protocol, with another tasks.tiles.training.lr; choose another --out"):
         run(read_protocol(write(data, text, "other.toml")), done, device="cpu")
 
 
-def test_shards_share_the_grid(data, tmp_path, done, refused):
-    protocol = read_protocol(write(data, GRID + FOOLING))
-    parts = [run(protocol, tmp_path, shard=(i, 3), device="cpu").done for i in (1, 2, 3)]
+def test_shards_share_the_grid(tmp_path, done, refused, whole_grid):
+    parts = [run(whole_grid, tmp_path, shard=(i, 3), device="cpu").done for i in (1, 2, 3)]
     assert [len(part) for part in parts] == [4, 3, 3]
-    assert {job for part in parts for job in part} == set(protocol.jobs())
+    assert {job for part in parts for job in part} == set(whole_grid.jobs())
     assert comparable(tmp_path) == comparable(done)
     with refused("no shard 4/3"):
-        run(protocol, tmp_path, shard=(4, 3), device="cpu")
+        run(whole_grid, tmp_path, shard=(4, 3), device="cpu")
 
 
-def test_under_torchrun_the_processes_share_the_grid(data, tmp_path):
+def test_under_torchrun_the_processes_share_the_grid(data, tmp_path, write):
     write(data)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -182,6 +125,38 @@ def test_killed_anywhere_and_started_again_it_ends_the_same(data, tmp_path, grid
     assert comparable(out) == comparable(undisturbed)
 
 
+def test_an_interrupt_ends_it_at_once_and_its_workers(data, tmp_path, grid, write, toml):
+    command = [sys.executable, "-m", "diffsal", "protocol", "run", str(data / "grid.toml")]
+    command += ["--out", str(tmp_path), "--jobs", "2", "--device", "cpu"]
+    write(data, toml.replace("epochs = 1", "epochs = 100000"))
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while len(busy := [child for child in children(process.pid) if seconds(child) > 8]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(timeout=60) != 0
+    while any(map(is_alive, busy)):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
+    assert not list((tmp_path / "jobs").glob("*"))
+
+
+def seconds(pid):
+    """Processor time of a process: of a worker, first what it imports, then what it trains."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) / os.sysconf("SC_CLK_TCK")
+
+
 def children(pid):
     found = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
@@ -202,7 +177,12 @@ def is_alive(pid):
     return state != "Z"
 
 
-def test_images_are_decoded_once(data, tmp_path, grid, monkeypatch):
+if not Path("/proc/self/stat").exists():  # no way to look for the workers
+    del test_killed_anywhere_and_started_again_it_ends_the_same
+    del test_an_interrupt_ends_it_at_once_and_its_workers
+
+
+def test_images_are_decoded_once(tmp_path, grid, monkeypatch):
     decoded = []
     monkeypatch.setattr(
         "diffsal.data.datasets.decode", lambda *args: decoded.append(args[0]) or decode(*args)
@@ -214,15 +194,15 @@ def test_images_are_decoded_once(data, tmp_path, grid, monkeypatch):
     assert len(decoded) == 36
 
 
-def test_a_job_that_fails_stops_no_other_and_is_tried_again(data, tmp_path, grid, monkeypatch):
-    real = train_job
+def test_a_job_that_fails_stops_no_other_and_is_tried_again(tmp_path, grid, monkeypatch):
+    real = jobs.train_job
 
-    def break_some(protocol, job, *rest):
+    def break_some(job, *rest):
         if job.subset == "dot":
             raise RuntimeError("out of luck\nand of lines")
-        return real(protocol, job, *rest)
+        return real(job, *rest)
 
-    monkeypatch.setattr(module, "train_job", break_some)
+    monkeypatch.setattr(jobs, "train_job", break_some)
     outcome = run(grid, tmp_path, device="cpu")
     assert [str(job) for job, _ in outcome.failed] == [
         f"tiles / {method} / dot / seed {seed}"
@@ -230,12 +210,12 @@ def test_a_job_that_fails_stops_no_other_and_is_tried_again(data, tmp_path, grid
         for method in ("cross-entropy", "contrast")
     ]
     assert {error for _, error in outcome.failed} == {"RuntimeError: out of luck"}
-    monkeypatch.setattr(module, "train_job", real)
+    monkeypatch.setattr(jobs, "train_job", real)
     outcome = run(grid, tmp_path, device="cpu")
     assert (len(outcome.done), len(outcome.there), len(outcome.failed)) == (4, 4, 0)
 
 
-def test_a_worker_that_is_ended_from_outside_is_one_line(data, tmp_path, grid, refused):
+def test_a_worker_that_is_ended_from_outside_is_one_line(tmp_path, grid, refused):
     started = threading.Thread(target=end_a_worker, args=(tmp_path,), daemon=True)
     started.start()
     with refused("ended from outside"):
@@ -255,8 +235,8 @@ def end_a_worker(out):
     os.kill(workers[0].pid, signal.SIGKILL)
 
 
-def test_a_task_that_leaves_nothing_out_tests_a_share_of_all(data, tmp_path):
-    text = GRID.replace('index = "index.csv"', 'index = "index.csv"\nleave_out = false')
+def test_a_task_that_leaves_nothing_out_tests_a_share_of_all(data, tmp_path, write, toml):
+    text = toml.replace('index = "index.csv"', 'index = "index.csv"\nleave_out = false')
     protocol = read_protocol(write(data, text, "in-set.toml"))
     assert [job.subset for job in protocol.jobs()] == [""] * 4
     run(protocol, tmp_path, device="cpu")
@@ -267,73 +247,18 @@ def test_a_task_that_leaves_nothing_out_tests_a_share_of_all(data, tmp_path):
         assert len(job["samples"]["path"]) < 12
 
 
-def test_unfinished_results_are_read_and_say_so(data, tmp_path, grid, refused):
-    with refused("no protocol.json here"):
-        read_results(tmp_path)
-    run(grid, tmp_path, shard=(1, 4), device="cpu")
-    assert read_results(tmp_path).missing == 6
-    file = next((tmp_path / "jobs").iterdir())
-    content = file.read_text("utf-8")
-    # What a write that was cut off leaves behind, and what somebody put there, are no results.
-    (tmp_path / "jobs" / ".scratch.json").write_text(content, "utf-8")
-    (tmp_path / "jobs" / "copy.json").write_text(content, "utf-8")
-    assert len(read_results(tmp_path).jobs) == 2
-    file.write_text('{"hash": "0"}', "utf-8")
-    with refused("is damaged; remove it and run again"):
-        read_results(tmp_path)
-    file.write_text(content[:100], "utf-8")
-    with refused("cannot be read"):
-        read_results(tmp_path)
-    file.write_text(json.dumps({**json.loads(content), "hash": "0"}), "utf-8")
-    with refused("is of another protocol"):
-        read_results(tmp_path)
-
-
-def test_the_table_command_prints_every_format_and_draws(done):
-    invoke = CliRunner().invoke
-    for form in ("text", "markdown", "latex", "csv", "json"):
-        result = invoke(main, ["protocol", "table", str(done), "--format", form])
-        assert result.exit_code == 0, result.output
-        assert "contrast" in result.stdout
-    assert json.loads(result.stdout)[0]["name"] == "overall"
-    for name in ("tiles-auroc.png", "tiles-figure-1.png"):
-        path = done / "plots" / name
-        assert str(path) in result.stderr
-        assert Image.open(path).size[0] > 600
-
-
-def test_tables_are_printed_where_no_plot_can_be(done, tmp_path):
-    out = tmp_path / "copy"
-    shutil.copytree(done, out, ignore=shutil.ignore_patterns("cache", "plots"))
-    (out / "plots").write_text("in the way", "utf-8")
-    result = CliRunner().invoke(main, ["protocol", "table", str(out)])
-    assert result.exit_code == 0
-    assert "Note: no plots" in result.stderr
-    assert "contrast" in result.stdout
-
-
-def test_a_job_that_cannot_be_written_stops_no_other(data, tmp_path, grid):
+def test_a_job_that_cannot_be_written_stops_no_other(tmp_path, grid):
     (tmp_path / Job("tiles", "contrast", "bar", 0).file).mkdir(parents=True)
     (tmp_path / Job("tiles", "contrast", "bar", 0).file / "x").touch()
     outcome = run(grid, tmp_path, shard=(1, 1), device="cpu")
     assert (len(outcome.done), len(outcome.failed)) == (7, 1)
 
 
-def test_the_table_command_needs_a_baseline_that_is_there(done):
-    result = CliRunner().invoke(main, ["protocol", "table", str(done)])
-    assert result.exit_code == 0
-    result = CliRunner().invoke(main, ["protocol", "table", str(done), "--baseline", "contrast"])
-    assert result.exit_code == 0
-    result = CliRunner().invoke(main, ["protocol", "table", str(done), "--baseline", "x"])
-    assert result.exit_code == 1
-    assert "no method 'x'" in result.stderr
-
-
-def test_the_run_command_says_what_failed(data, tmp_path, monkeypatch):
+def test_the_run_command_says_what_failed(data, tmp_path, monkeypatch, write):
     def fail(*_):
         raise ValueError("no")
 
-    monkeypatch.setattr(module, "train_job", fail)
+    monkeypatch.setattr(jobs, "train_job", fail)
     path = write(data)
     arguments = ["protocol", "run", str(path), "--out", str(tmp_path), "--device", "cpu"]
     result = CliRunner().invoke(main, [*arguments, "--shard", "1/8"])
@@ -342,3 +267,13 @@ def test_the_run_command_says_what_failed(data, tmp_path, monkeypatch):
     for text in ("1", "1/2/3", "a/b", "0/2"):
         result = CliRunner().invoke(main, [*arguments, "--shard", text])
         assert result.exit_code in (1, 2)
+
+
+def test_decoded_images_are_shared_by_pickling(tmp_path, grid):
+    """What a worker gets is a path to the files, not the files' content."""
+
+    samples = grid.tasks[0].index.samples
+    read = DecodedImages(samples, grid.tasks[0].training.preprocessing(), tmp_path)
+    read(samples[0], grid.tasks[0].training.preprocessing())
+    assert len(pickle.dumps(read)) < 200 * len(samples)
+    assert os.path.getsize(next(tmp_path.glob("*.images.npy"))) > 36 * 32 * 32 * 3

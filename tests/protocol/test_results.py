@@ -1,0 +1,66 @@
+"""A folder of results is read back, finished or not, printed and drawn."""
+
+import json
+import shutil
+
+from click.testing import CliRunner
+from PIL import Image
+
+from diffsal.cli.main import main
+from diffsal.protocol.jobs import run
+from diffsal.protocol.results import read_results
+
+
+def test_unfinished_results_are_read_and_say_so(tmp_path, grid, refused):
+    with refused("no protocol.json here"):
+        read_results(tmp_path)
+    run(grid, tmp_path, shard=(1, 4), device="cpu")
+    assert read_results(tmp_path).missing == 6
+    file = next((tmp_path / "jobs").iterdir())
+    content = file.read_text("utf-8")
+    # What a write that was cut off leaves behind, and what somebody put there, are no results.
+    (tmp_path / "jobs" / ".scratch.json").write_text(content, "utf-8")
+    (tmp_path / "jobs" / "copy.json").write_text(content, "utf-8")
+    assert len(read_results(tmp_path).jobs) == 2
+    file.write_text('{"hash": "0"}', "utf-8")
+    with refused("is damaged; remove it and run again"):
+        read_results(tmp_path)
+    file.write_text(content[:100], "utf-8")
+    with refused("cannot be read"):
+        read_results(tmp_path)
+    file.write_text(json.dumps({**json.loads(content), "hash": "0"}), "utf-8")
+    with refused("is of another protocol"):
+        read_results(tmp_path)
+
+
+def test_the_table_command_prints_every_format_and_draws(done):
+    invoke = CliRunner().invoke
+    for form in ("text", "markdown", "latex", "csv", "json"):
+        result = invoke(main, ["protocol", "table", str(done), "--format", form])
+        assert result.exit_code == 0, result.output
+        assert "contrast" in result.stdout
+    assert json.loads(result.stdout)[0]["name"] == "overall"
+    for name in ("tiles-auroc.png", "tiles-figure-1.png"):
+        path = done / "plots" / name
+        assert str(path) in result.stderr
+        assert Image.open(path).size[0] > 600
+
+
+def test_tables_are_printed_where_no_plot_can_be(done, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(done, out, ignore=shutil.ignore_patterns("cache", "plots"))
+    (out / "plots").write_text("in the way", "utf-8")
+    result = CliRunner().invoke(main, ["protocol", "table", str(out)])
+    assert result.exit_code == 0
+    assert "Note: no plots" in result.stderr
+    assert "contrast" in result.stdout
+
+
+def test_the_table_command_needs_a_baseline_that_is_there(done):
+    result = CliRunner().invoke(main, ["protocol", "table", str(done)])
+    assert result.exit_code == 0
+    result = CliRunner().invoke(main, ["protocol", "table", str(done), "--baseline", "contrast"])
+    assert result.exit_code == 0
+    result = CliRunner().invoke(main, ["protocol", "table", str(done), "--baseline", "x"])
+    assert result.exit_code == 1
+    assert "no method 'x'" in result.stderr
