@@ -51,7 +51,13 @@ class Digits:
 
 
 def digits(seed: int = 0) -> tuple[Digits, Digits]:
-    """The digits for training, and a third of them held out, stratified by label."""
+    """The digits for training, and a third of them held out, stratified by label.
+
+    Example:
+        >>> train, held_out = digits()
+        >>> len(train.labels), len(held_out.labels), train.images.shape[1:]
+        (238, 119, (64, 64, 3))
+    """
     data = load_digits()
     chosen = np.isin(data.target, [int(name) for name in CLASSES])
     labels = (data.target[chosen] == int(CLASSES[1])).astype(np.int64)

@@ -1,6 +1,5 @@
 """Everything that an audit measures, before it is put into words and files."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,20 +19,28 @@ class Evidence:
     """What was measured of a model, and of a reference where there is one.
 
     Attributes:
+        index: where the images are from.
+        loaded: the model.
+        reference: the model beside it.
+        settings: see there.
         split: ``test`` or ``all``, the part of the index that was audited.
         measured: the model's numbers.
-        randomisation: how alike its maps stay, by stage; ``None``: no image was set aside for it.
+        other: the reference's.
+        randomisation: how alike the model's maps stay, by stage; ``None``: not tried.
         fooled: the stress test's copy; ``None`` where it could not be applied.
         obstacle: why; empty where it was.
-        other: the reference's numbers.
     """
 
+    index: Index
+    loaded: LoadedModel
+    reference: LoadedModel | None
+    settings: Settings
     split: str
     measured: Measured
+    other: Measured | None
     randomisation: dict[str, Any] | None
     fooled: LoadedModel | None
     obstacle: str
-    other: Measured | None
 
 
 def gather(
@@ -48,8 +55,14 @@ def gather(
     with running(settings.device, settings.preprocessing.size, settings.batch_size):
         randomisation = measure_subset(measured, loaded, settings)
         fooled, obstacle = stress_test(index, split, measured, loaded, settings)
-    other = None if reference is None else _measure_reference(samples, index, reference, settings)
-    return Evidence(split, measured, randomisation, fooled, obstacle, other)
+    other = None
+    if reference is not None:
+        own = reference.preprocessing or settings.preprocessing
+        likewise = replace(settings, preprocessing=own)
+        other = measure_samples(samples, index, reference, likewise, "reference")
+    return Evidence(
+        index, loaded, reference, settings, split, measured, other, randomisation, fooled, obstacle
+    )
 
 
 def _chosen(index: Index, settings: Settings) -> tuple[list[Sample], str]:
@@ -60,12 +73,3 @@ def _chosen(index: Index, settings: Settings) -> tuple[list[Sample], str]:
     if not samples:
         raise DiffsalError(f"{index.source}: the index holds no images; list some")
     return draw_samples(samples, settings.limit, settings.seed), split
-
-
-def _measure_reference(
-    samples: Sequence[Sample], index: Index, reference: LoadedModel, settings: Settings
-) -> Measured:
-    """By its own preprocessing, if its file names one."""
-    own = reference.preprocessing or settings.preprocessing
-    settings = replace(settings, preprocessing=own)
-    return measure_samples(samples, index, reference, settings, "reference")

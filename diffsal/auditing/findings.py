@@ -18,6 +18,7 @@ from diffsal.auditing.wording import (
     brief,
     images_in_words,
     make_finding,
+    moved,
     sign,
     tell,
     written,
@@ -53,29 +54,31 @@ def find(measured: Measured, obstacle: str) -> tuple[list[Finding], list[dict[st
 
 
 def _common_mode(measured: Measured) -> Finding:
-    title = "How much of the class map the decision cannot see"
     share = measured.number("common_mode_share", "Common-mode share of the class map", "share")
     gap = measured.number(
         "unexplained", "Margin that maps and biases do not add up to, in logits", "logits"
     )
-    if measured.outputs == 1:
-        return make_finding(
-            "common-mode",
-            title,
-            "Does not apply: the model has one output, so that the maps of its two classes are "
-            "each other's negative and have nothing in common, by construction.",
-            "That nothing is common does not make the map faithful.",
-            [gap],
-        )
+    numbers = [share, gap]
     says = f"The common-mode share of the class map is {tell(share)}: so much of its variation "
-    if share["mean"] is None:
+    limits = (
+        "A low share does not make a map faithful: a model can be trained to move the difference "
+        "itself, which this share does not notice. Read it with the findings on perturbation."
+    )
+    if measured.outputs == 1:
+        numbers = [gap]
+        says = (
+            "Does not apply: the model has one output, so that the maps of its two classes are "
+            "each other's negative and have nothing in common, by construction."
+        )
+        limits = "That nothing is common does not make the map faithful."
+    elif share["mean"] is None:
         says = "Undefined: the maps of both classes are constant on every image."
     elif measured.outputs > 2:
         says += (
             "the label's map shares with that of its strongest rival. The choice between these two "
             "does not depend on it to first order; the choice against a third class can."
         )
-    elif adds_up(measured):
+    elif measured.adds_up:
         says += (
             "is in the maps of both classes alike. Softmax sees the difference of the two logits "
             "alone, so that this part had no influence on any decision."
@@ -86,20 +89,8 @@ def _common_mode(measured: Measured) -> Finding:
             f"decision; on this model first order leaves {tell(gap)} logits of the margin "
             "unexplained."
         )
-    return make_finding(
-        "common-mode",
-        title,
-        says,
-        "A low share does not make a map faithful: a model can be trained to move the difference "
-        "itself, which this share does not notice. Read it with the findings on perturbation.",
-        [share, gap],
-    )
-
-
-def adds_up(measured: Measured) -> bool:
-    """Whether maps and biases are the margin, as with a pooled linear head."""
-    gap, margin = (np.abs(measured.column(name)).max() for name in ("unexplained", "margin"))
-    return bool(gap <= 1e-3 * margin)
+    title = "How much of the class map the decision cannot see"
+    return make_finding("common-mode", title, says, limits, numbers)
 
 
 def _agreement(measured: Measured) -> Finding:
@@ -351,7 +342,7 @@ def _stress_test(measured: Measured, obstacle: str, left_out: dict[str, str]) ->
         f"One vector, added to every row of a copy's last layer, {effect} a frame along the "
         f"edges: their mean squared distance to it goes from {brief(before)} to "
         f"{brief(after)} on {after['n']} images that the vector was not made from. "
-        f"{flip_count(measured) or 'None'} of their predictions changed, and no probability by "
+        f"{measured.flips or 'None'} of their predictions changed, and no probability by "
         f"more than {written(largest)}. The copy's common-mode share is {brief(share)}, which an "
         "audit of it would report."
     )
@@ -363,26 +354,3 @@ def _stress_test(measured: Measured, obstacle: str, left_out: dict[str, str]) ->
         "is not thereby proven true. It shows that no test of predictions could notice.",
         numbers,
     )
-
-
-def moved(before: Number, after: Number) -> str:
-    """What the stress test did with the class maps, by their distances to the frame.
-
-    Example:
-        >>> moved({"mean": 0.3}, {"mean": 0.1}), moved({"mean": 0.3}, {"mean": 0.2})
-        ('made to show', 'moved towards')
-    """
-    if after["mean"] <= before["mean"] / 2:
-        return "made to show"
-    return "moved towards" if after["mean"] < before["mean"] else "brought no nearer to"
-
-
-def flip_count(measured: Measured) -> int:
-    """How many predictions the stress test changed; those that it did not try count as kept.
-
-    Example:
-        >>> rows = [{"prediction_changed": 1.0}, {"prediction_changed": 0.0}, {}]
-        >>> flip_count(Measured(rows=rows))
-        1
-    """
-    return int(np.nansum(measured.column("prediction_changed")))

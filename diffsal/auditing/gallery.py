@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from diffsal.auditing.evidence import Evidence
 from diffsal.auditing.report import picture
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.settings import Settings
@@ -18,7 +19,21 @@ from diffsal.explaining.explanations import Settings as ExplanationSettings
 from diffsal.explaining.figures import PANELS
 from diffsal.models.checkpoints import LoadedModel
 
-_SHOWN = 3  # images of each kind in the gallery
+_SHOWN = 3  # images of each group
+_GROUPS = (  # id, title, why
+    (
+        "typical",
+        "Typical",
+        "right, and near the middle in common-mode share, faithfulness and margin",
+    ),
+    ("common-mode", "Most common-mode", "the highest common-mode shares"),
+    (
+        "unfaithful",
+        "Least faithful",
+        "the difference map's lowest rank correlations with occlusion",
+    ),
+    ("wrong", "Wrongly classified", "by the largest margins"),
+)
 
 
 def choose_gallery(measured: Measured) -> list[dict[str, Any]]:
@@ -31,30 +46,15 @@ def choose_gallery(measured: Measured) -> list[dict[str, Any]]:
         np.abs(stats.rankdata(values) / len(values) - 0.5)
         for values in (np.nan_to_num(share), np.nan_to_num(faithful), margin)
     )
-    groups = (
-        (
-            "typical",
-            "Typical",
-            "right, and near the middle in common-mode share, faithfulness and margin",
-            np.where(right, middling, math.nan),
-        ),
-        ("common-mode", "Most common-mode", "the highest common-mode shares", -share),
-        (
-            "unfaithful",
-            "Least faithful",
-            "the difference map's lowest rank correlations with occlusion",
-            faithful,
-        ),
-        (
-            "wrong",
-            "Wrongly classified",
-            "by the largest margins",
-            np.where(right, math.nan, margin),
-        ),
-    )
+    orders = {
+        "typical": np.where(right, middling, math.nan),
+        "common-mode": -share,
+        "unfaithful": faithful,
+        "wrong": np.where(right, math.nan, margin),
+    }
     return [
-        {"id": identity, "title": title, "why": why, "images": _lowest(order)}
-        for identity, title, why, order in groups
+        {"id": identity, "title": title, "why": why, "images": _lowest(orders[identity])}
+        for identity, title, why in _GROUPS
     ]
 
 
@@ -64,19 +64,21 @@ def _lowest(order: NDArray[np.float64]) -> list[int]:
 
 
 def draw_gallery(
-    gallery: list[dict[str, Any]],
-    measured: Measured,
-    loaded: LoadedModel,
-    fooled: LoadedModel | None,
-    settings: Settings,
-    scratch: Path,
+    gallery: list[dict[str, Any]], evidence: Evidence, scratch: Path
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The pictures of the gallery, and of the stress test before and after."""
+    """The pictures of the gallery, and of the stress test before and after.
+
+    Args:
+        gallery: of :func:`choose_gallery`.
+        evidence: what it was chosen from.
+        scratch: a folder for files on the way.
+    """
+    measured, loaded, fooled = evidence.measured, evidence.loaded, evidence.fooled
 
     def draw(model: LoadedModel, positions: Sequence[int]) -> list[dict[str, Any]]:
         return [
             measured.rows[position]
-            | _pictures(measured.samples[position], model, settings, scratch)
+            | _pictures(measured.samples[position], model, evidence.settings, scratch)
             for position in positions
         ]
 

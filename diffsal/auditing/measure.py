@@ -30,10 +30,10 @@ from diffsal.faithfulness.perturbation import (
 )
 from diffsal.faithfulness.sanity import cascading_randomization
 from diffsal.faithfulness.statistics import rank_correlation
-from diffsal.maps.contrast import class_count, predicted_class, probabilities
+from diffsal.maps.contrast import class_count, predicted_class
 from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
-from diffsal.maps.target_layers import get_target_layer
+from diffsal.maps.target_layers import in_copy
 from diffsal.models.checkpoints import LoadedModel
 from diffsal.system.devices import running
 
@@ -64,24 +64,15 @@ def measure_samples(
 
 
 def _measures(
-    maps: SalienceMaps,
-    batch: Batch,
-    model: nn.Module,
-    settings: Settings,
-    frame_width: int | None,
+    maps: SalienceMaps, batch: Batch, model: nn.Module, settings: Settings, frame_width: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Columns (B,), and curves (B, steps + 1)."""
+    inputs, human, true = batch.inputs, batch.human, maps.true_class
     perturb: dict[str, Any] = {"batch_size": settings.batch_size, "seed": settings.seed}
+    grid = occlusion_grid(maps.true.shape[1:])
     drops = occlusion_drops(
-        model,
-        batch.inputs,
-        maps.true_class,
-        maps.false_class,
-        grid=occlusion_grid(maps.true.shape[1:]),
-        occluder=OCCLUDER,
-        **perturb,
+        model, inputs, true, maps.false_class, grid=grid, occluder=OCCLUDER, **perturb
     )
-    human = batch.human
     curves: dict[str, Tensor] = {}
     columns = {
         "margin": maps.margin,
@@ -94,9 +85,7 @@ def _measures(
     }
     for kind in MAPS:
         map_ = getattr(maps, kind)
-        both = insertion_deletion(
-            model, batch.inputs, map_, maps.true_class, steps=CURVE_STEPS, **perturb
-        )
+        both = insertion_deletion(model, inputs, map_, true, steps=CURVE_STEPS, **perturb)
         curves |= {f"insertion_{kind}": both.insertion, f"deletion_{kind}": both.deletion}
         columns |= {
             f"occlusion_{kind}": occlusion_faithfulness(map_, drops),
@@ -120,7 +109,7 @@ def _append(
 ) -> None:
     finite = (maps.true + maps.false).isfinite().flatten(1).all(1) & maps.logits.isfinite().all(1)
     logits = maps.logits.cpu()
-    share = probabilities(logits.double())
+    share = maps.probabilities.cpu()
     predicted = predicted_class(logits)
     columns = {name: values.double().cpu() for name, values in numbers.items()}
     drawn = {name: curve.float().cpu().numpy() for name, curve in curves.items()}
@@ -178,23 +167,17 @@ def measure_subset(
         return None
     spaced = np.linspace(0, len(measured.rows) - 1, count).round().astype(int)
     samples = [measured.samples[position] for position in spaced]
+    model, seed = loaded.model, settings.seed
     layers: tuple[str, ...] = ()
     courses: list[Tensor] = []
     for batch in read_batches(samples, loaded, settings, "ROAD, randomisation", []):
         maps = label_maps(loaded, batch)
+        inputs, true = batch.inputs, maps.true_class
         columns = {
-            f"road_{kind}": road(
-                loaded.model,
-                batch.inputs,
-                getattr(maps, kind),
-                maps.true_class,
-                seed=settings.seed,
-            )
+            f"road_{kind}": road(model, inputs, getattr(maps, kind), true, seed=seed)
             for kind in MAPS
         }
-        cascade = cascading_randomization(
-            loaded.model, batch.inputs, _explainer(maps, loaded), seed=settings.seed
-        )
+        cascade = cascading_randomization(model, inputs, _explainer(maps, loaded), seed=seed)
         layers = cascade.layers
         by_kind = torch.stack(cascade.correlation.cpu().double().chunk(2))  # (2, B, stages)
         courses.append(by_kind)
@@ -213,7 +196,7 @@ def _explainer(maps: SalienceMaps, loaded: LoadedModel) -> Callable[[nn.Module, 
     """Makes the true and the difference map (2B, h, w) of any copy of the model."""
 
     def both(model: nn.Module, inputs: Tensor) -> Tensor:
-        layer = get_target_layer(model, loaded.target_layer.name)
+        layer = in_copy(model, loaded.target_layer)
         again = explain(model, inputs, maps.true_class, maps.false_class, target_layers=layer)
         return torch.cat([again.true, again.difference])
 

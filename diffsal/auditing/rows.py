@@ -88,6 +88,17 @@ class Measured:
         smallest = min(self.cells)
         return max(1, smallest // 7) if smallest > 2 else None
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether maps and biases are the margin, as with a pooled linear head."""
+        gap, margin = (np.abs(self.column(name)).max() for name in ("unexplained", "margin"))
+        return bool(gap <= 1e-3 * margin)
+
+    @property
+    def flips(self) -> int:
+        """How many predictions the stress test changed."""
+        return int(np.nansum(self.column("prediction_changed")))
+
     def column(self, name: str) -> NDArray[np.float64]:
         """(N,), NaN where an image has no such number; ``a - b`` is taken image by image."""
         first, _, second = name.partition(" - ")

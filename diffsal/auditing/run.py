@@ -68,8 +68,10 @@ def audit(
     _check_free(folder, overwrite)
     evidence = gather(index, loaded, settings, reference)
     gallery = choose_gallery(evidence.measured)
-    document = _document(evidence, gallery, index, loaded, settings, reference)
-    page = _page(document, evidence, gallery, loaded, settings)
+    document = _document(evidence, gallery)
+    columns = {name: evidence.measured.column(name) for name in COLUMNS}
+    with TemporaryDirectory() as scratch:
+        page = render_report(document, columns, *draw_gallery(gallery, evidence, Path(scratch)))
 
     _write_rows(folder / "per-image.csv", evidence.measured.rows)
     if evidence.other is not None:
@@ -90,27 +92,20 @@ def _check_free(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _document(
-    evidence: Evidence,
-    gallery: list[dict[str, Any]],
-    index: Index,
-    loaded: LoadedModel,
-    settings: Settings,
-    reference: LoadedModel | None,
-) -> dict[str, Any]:
+def _document(evidence: Evidence, gallery: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of ``audit.json``."""
-    measured, comparison = evidence.measured, None
+    index, measured, comparison = evidence.index, evidence.measured, None
     findings, left_out = find(measured, evidence.obstacle)
-    if reference is not None and evidence.other is not None:
-        comparison = {"model": identity(reference)} | compare(measured, evidence.other)
+    if evidence.reference is not None and evidence.other is not None:
+        comparison = {"model": identity(evidence.reference)} | compare(measured, evidence.other)
     return {
         "format": "diffsal-audit",
         "format_version": 1,
         "diffsal_version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": identity(loaded),
+        "model": identity(evidence.loaded),
         "data": _data_facts(index, evidence.split, measured),
-        "settings": _settings_facts(settings, measured),
+        "settings": _settings_facts(evidence.settings, measured),
         "summary": summarize(findings, measured, index, evidence.split),
         "findings": findings,
         "left_out": left_out,
@@ -151,19 +146,6 @@ def _settings_facts(settings: Settings, measured: Measured) -> dict[str, Any]:
         "curve_steps": CURVE_STEPS,
         "frame_width": measured.frame_width,
     }
-
-
-def _page(
-    document: dict[str, Any],
-    evidence: Evidence,
-    gallery: list[dict[str, Any]],
-    loaded: LoadedModel,
-    settings: Settings,
-) -> str:
-    measured = evidence.measured
-    with TemporaryDirectory() as scratch:
-        shown = draw_gallery(gallery, measured, loaded, evidence.fooled, settings, Path(scratch))
-    return render_report(document, {name: measured.column(name) for name in COLUMNS}, *shown)
 
 
 def _write_rows(path: Path, rows: list[Row]) -> None:

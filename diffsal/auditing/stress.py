@@ -11,9 +11,8 @@ from diffsal.data.index import Index
 from diffsal.errors import DiffsalError
 from diffsal.fooling.head_shift import head_shift
 from diffsal.fooling.targets import target_distance, target_map
-from diffsal.maps.contrast import probabilities
 from diffsal.maps.salience_maps import SalienceMaps
-from diffsal.maps.target_layers import get_target_layer
+from diffsal.maps.target_layers import in_copy
 from diffsal.models.checkpoints import LoadedModel
 
 _FITTED = 256  # images at most from which the stress test is built
@@ -45,7 +44,7 @@ def stress_test(
         )
     except DiffsalError as error:
         return None, str(error)
-    layer = get_target_layer(shifted.model, loaded.target_layer.name)
+    layer = in_copy(shifted.model, loaded.target_layer)
     fooled = replace(loaded, model=shifted.model, target_layer=layer)
     for batch in read_batches(shown, loaded, settings, "stress test", []):
         before = label_maps(loaded, batch)
@@ -56,7 +55,7 @@ def stress_test(
 
 def _effects(before: SalienceMaps, after: SalienceMaps, target: Tensor) -> dict[str, Tensor]:
     """(B,) each: what became of maps and decisions."""
-    was, now = (probabilities(maps.logits.double()) for maps in (before, after))
+    was, now = (maps.probabilities for maps in (before, after))
     moved = (after.difference - before.difference).flatten(1).norm(dim=1)
     return {
         "target_before": target_distance(before.true, target),

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
-from diffsal.auditing.findings import adds_up, flip_count, moved
 from diffsal.auditing.rows import Measured, Number, described
-from diffsal.auditing.wording import Finding, images_in_words, percent, sign, tell, written
+from diffsal.auditing.wording import Finding, images_in_words, moved, percent, sign, tell, written
 from diffsal.data.index import Index
 from diffsal.faithfulness.statistics import interval
 
@@ -62,7 +61,7 @@ def _common_mode(numbers: _Numbers, measured: Measured) -> str:
     share = numbers["common_mode_share"]["mean"]
     if share is None:
         return "Its class maps are constant: they show nothing."
-    exact = measured.outputs == 2 and adds_up(measured)
+    exact = measured.outputs == 2 and measured.adds_up
     return (
         f"{percent(share)} of the variation of its class maps is common to both classes: "
         f"{'' if exact else 'to first order, '}no decision between the two depends on it."
@@ -89,7 +88,7 @@ def _stress_test(numbers: _Numbers, measured: Measured) -> str:
     if "target_after" not in numbers:
         return "The stress test could not be applied to this model."
     before, after = numbers["target_before"], numbers["target_after"]
-    flips = flip_count(measured)
+    flips = measured.flips
     return (
         f"In a stress test a copy's class maps were {moved(before, after)} a frame along the edges "
         f"(squared distance {written(before['mean'])} before, {written(after['mean'])} after) with "

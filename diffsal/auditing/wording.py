@@ -99,3 +99,15 @@ def percent(share: float) -> str:
     if 0 < share < 0.001:
         return "Under 0.1 %"
     return f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
+def moved(before: Number, after: Number) -> str:
+    """What the stress test did with the class maps, by their distances to the frame.
+
+    Example:
+        >>> moved({"mean": 0.3}, {"mean": 0.1}), moved({"mean": 0.3}, {"mean": 0.2})
+        ('made to show', 'moved towards')
+    """
+    if after["mean"] <= before["mean"] / 2:
+        return "made to show"
+    return "moved towards" if after["mean"] < before["mean"] else "brought no nearer to"

@@ -8,29 +8,17 @@ from typing import Any
 
 import click
 
-from diffsal.cli.options import (
-    COUNT,
-    FILE,
-    FOLDER,
-    SOME_FAILED,
-    debug_option,
-    index_argument,
-    json_option,
-    labelled_index,
-    load_with_preprocessing,
-    model_options,
-    overwrite_option,
-)
+from diffsal.cli import options
 
 
 @click.command()
-@index_argument
-@model_options
-@click.option("--maps", type=FILE, help="Folder of human maps, if the index has none.")
-@click.option("--out", required=True, type=FOLDER, help="Folder.")
-@click.option("--reference", type=FILE, help="Weights of a model to set beside it.")
+@options.index
+@options.model
+@click.option("--maps", type=options.FILE, help="Folder of human maps, if the index has none.")
+@click.option("--out", required=True, type=options.FOLDER, help="Folder.")
+@click.option("--reference", type=options.FILE, help="Weights of a model to set beside it.")
 @click.option("--reference-arch", metavar="NAME", help="Its architecture, as --arch.")
-@click.option("--limit", type=COUNT, help="At most so many images, drawn at random.")
+@click.option("--limit", type=options.COUNT, help="At most so many images, drawn at random.")
 @click.option(
     "--subset",
     type=click.IntRange(0),
@@ -38,11 +26,11 @@ from diffsal.cli.options import (
     show_default=True,
     help="Images for the slow methods, ROAD and randomisation.",
 )
-@click.option("--batch-size", type=COUNT, default=64, show_default=True)
+@click.option("--batch-size", type=options.COUNT, default=64, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@overwrite_option
-@json_option("Print audit.json to stdout.")
-@debug_option
+@options.overwrite
+@options.as_json("Print audit.json to stdout.")
+@options.debug
 def audit(
     index: Path,
     maps: Path | None,
@@ -69,7 +57,7 @@ def audit(
     from diffsal.system.files import check_writable
 
     check_writable(out)
-    loaded, preprocessing = load_with_preprocessing(**given)
+    loaded, preprocessing = options.load_with_preprocessing(**given)
     other = load_model(reference, arch=reference_arch) if reference else None
     settings = Settings(
         preprocessing=preprocessing,
@@ -79,7 +67,9 @@ def audit(
         batch_size=batch_size,
         seed=seed,
     )
-    found = run(labelled_index(index, maps, loaded, given), loaded, out, settings, other, overwrite)
+    found = run(
+        options.labelled_index(index, maps, loaded, given), loaded, out, settings, other, overwrite
+    )
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
     else:
@@ -88,4 +78,4 @@ def audit(
     for failure in found["failed"]:
         click.echo(f"Error: {failure['path']}: {failure['error']}", err=True)
     if found["failed"]:
-        raise SystemExit(SOME_FAILED)
+        raise SystemExit(options.SOME_FAILED)

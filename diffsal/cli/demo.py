@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from diffsal.cli.options import FOLDER, debug_option
+from diffsal.cli import options
 
 
 @click.command()
 @click.option(
     "--out",
-    type=FOLDER,
+    type=options.FOLDER,
     default=Path("demo"),
     show_default=True,
     help="Folder for image, weights and explanation.",
@@ -22,7 +22,7 @@ from diffsal.cli.options import FOLDER, debug_option
     is_flag=True,
     help="EfficientNet-Lite0 with ImageNet weights on photographs (extra `pretrained`).",
 )
-@debug_option
+@options.debug
 def demo(out: Path, pretrained: bool) -> None:
     """Train a small network on handwritten digits and explain one; nothing is downloaded."""
     from diffsal.demo import run_demo

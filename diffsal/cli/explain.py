@@ -8,22 +8,12 @@ from typing import Any
 
 import click
 
-from diffsal.cli.options import (
-    COUNT,
-    FILE,
-    FOLDER,
-    SOME_FAILED,
-    debug_option,
-    json_option,
-    load_with_preprocessing,
-    model_options,
-    overwrite_option,
-)
+from diffsal.cli import options
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=FILE)
-@model_options
+@click.argument("paths", nargs=-1, required=True, type=options.FILE)
+@options.model
 @click.option(
     "--true", metavar="CLASS", help="Taken as true, by name or index.  [default: predicted]"
 )
@@ -41,7 +31,7 @@ from diffsal.cli.options import (
 )
 @click.option(
     "--out",
-    type=FOLDER,
+    type=options.FOLDER,
     default=Path("explanations"),
     show_default=True,
     help="Folder for what is written.",
@@ -49,7 +39,7 @@ from diffsal.cli.options import (
 @click.option("--recursive", is_flag=True, help="Look into folders' subfolders too.")
 @click.option(
     "--batch-size",
-    type=COUNT,
+    type=options.COUNT,
     default=8,
     show_default=True,
     help="Images in one forward pass.",
@@ -64,9 +54,9 @@ from diffsal.cli.options import (
 @click.option("--save-maps", is_flag=True, help="Write <stem>.npz with raw and normalised maps.")
 @click.option("--overlays", is_flag=True, help="Write each panel as a PNG of the image's size.")
 @click.option("--no-figure", is_flag=True, help="Write no <stem>.png.")
-@overwrite_option
-@json_option("Print the manifest to stdout.")
-@debug_option
+@options.overwrite
+@options.as_json("Print the manifest to stdout.")
+@options.debug
 def explain(
     paths: tuple[Path, ...],
     true: str | None,
@@ -98,7 +88,7 @@ def explain(
     images = find_images(paths, recursive)
     if (out / MANIFEST).exists():  # pictures of an earlier run are no images to explain
         images = [image for image in images if out.resolve() not in image.resolve().parents]
-    loaded, preprocessing = load_with_preprocessing(**given)
+    loaded, preprocessing = options.load_with_preprocessing(**given)
     settings = Settings(
         preprocessing=preprocessing,
         device=choose_device(given["device"]),
@@ -114,7 +104,7 @@ def explain(
     if process_rank()[0] == 0:
         _report(manifest, out, as_json)
     if manifest["failed"]:
-        raise SystemExit(SOME_FAILED if manifest["explained"] else 1)
+        raise SystemExit(options.SOME_FAILED if manifest["explained"] else 1)
 
 
 def _report(manifest: dict[str, Any], out: Path, as_json: bool) -> None:

@@ -8,22 +8,13 @@ from typing import Any
 
 import click
 
-from diffsal.cli.options import (
-    COUNT,
-    debug_option,
-    given_options,
-    index_argument,
-    json_option,
-    labelled_index,
-    load_with_preprocessing,
-    model_options,
-)
+from diffsal.cli import options
 from diffsal.errors import DiffsalError
 
 
 @click.command()
-@index_argument
-@model_options
+@options.index
+@options.model
 @click.option(
     "--out",
     required=True,
@@ -33,7 +24,7 @@ from diffsal.errors import DiffsalError
 @click.option(
     "--target", default="edges", show_default=True, metavar="edges|corner|IMAGE", help="To display."
 )
-@click.option("--width", type=COUNT, help="Of the frame, in cells.  [default: a 7th]")
+@click.option("--width", type=options.COUNT, help="Of the frame, in cells.  [default: a 7th]")
 @click.option(
     "--objective",
     type=click.Choice(["true", "difference", "both", "top-k", "center-mass"]),
@@ -57,8 +48,8 @@ from diffsal.errors import DiffsalError
 @click.option("--seed", type=int, help="Of all that is random.  [default: 0]")
 @click.option("--workers", type=int, help="Processes that read images.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there already.")
-@json_option("Print the numbers as JSON.")
-@debug_option
+@options.as_json("Print the numbers as JSON.")
+@options.debug
 def fool(
     index: Path,
     out: Path,
@@ -83,11 +74,11 @@ def fool(
     check_writable(out.parent)
     if out.exists() and not overwrite:
         raise DiffsalError(f"{out} is there already: pass --overwrite, or another --out")
-    loaded, preprocessing = load_with_preprocessing(**given)
+    loaded, preprocessing = options.load_with_preprocessing(**given)
     names = ("epochs", "lr", "batch_size", "freeze_batchnorm", "alpha", "beta", "seed", "workers")
     training = {name: given[name] for name in (*names, "device")}
     found = run(
-        labelled_index(index, None, loaded, given),
+        options.labelled_index(index, None, loaded, given),
         loaded,
         out,
         target=target,
@@ -95,6 +86,6 @@ def fool(
         objective=objective,
         method=method,
         preprocessing=preprocessing,
-        config=replace(FINE_TUNING, **given_options(**training)),
+        config=replace(FINE_TUNING, **options.named(**training)),
     )
     click.echo(json.dumps(found, indent=2) if as_json else as_table(found))

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""What several commands share: options, and the model and the index that these name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 SOME_FAILED = 3
+"""The exit status where some inputs failed and the rest are done."""
 DEBUG = "diffsal.debug"
+"""Where click's context remembers whether tracebacks are wanted."""
 
 FILE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -28,7 +30,7 @@ def _remember_debug(ctx: click.Context, _parameter: click.Parameter, value: bool
     ctx.meta[DEBUG] = value
 
 
-debug_option = click.option(
+debug = click.option(
     "--debug",
     is_flag=True,
     expose_value=False,
@@ -36,23 +38,35 @@ debug_option = click.option(
     callback=_remember_debug,
     help="Show tracebacks of errors.",
 )
-device_option = click.option(
+device = click.option(
     "--device", default="auto", show_default=True, metavar="auto|cpu|cuda|cuda:N|mps"
 )
-index_argument = click.argument("index", type=FILE)
-overwrite_option = click.option(
-    "--overwrite", is_flag=True, help="Replace files that are there already."
-)
+index = click.argument("index", type=FILE)
+overwrite = click.option("--overwrite", is_flag=True, help="Replace files that are there already.")
 
 
-def json_option(help_text: str) -> Callable[[Command], Command]:
+def as_json(help_text: str) -> Callable[[Command], Command]:
     """``--json``: what is printed to stdout, for programs."""
     return click.option("--json", "as_json", is_flag=True, help=help_text)
 
 
-def _rgb(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> Any:
-    if text is None:
-        return None
+def parsed(parse: Callable[[str], Any]) -> Callable[..., Any]:
+    """Makes a click callback of what parses a text; an option that is not given stays ``None``.
+
+    Example:
+        >>> callback = parsed(int)
+        >>> callback(None, None, "7"), callback(None, None, None)
+        (7, None)
+    """
+
+    def callback(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> Any:
+        return None if text is None else parse(text)
+
+    return callback
+
+
+@parsed
+def _rgb(text: str) -> tuple[float, ...]:
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -62,34 +76,28 @@ def _rgb(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> 
     return numbers * (3 // len(numbers))
 
 
-def _size(
-    _ctx: click.Context, _parameter: click.Parameter, text: str | None
-) -> tuple[int, int] | None:
-    if text is None:
-        return None
+@parsed
+def _size(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"{text!r} is neither a number of pixels nor HEIGHTxWIDTH")
     return int(parts[0]), int(parts[-1])
 
 
-def _names(
-    _ctx: click.Context, _parameter: click.Parameter, text: str | None
-) -> tuple[str, ...] | None:
-    if text is None:
-        return None
+@parsed
+def _names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     if "" in names or len(set(names)) < len(names):
         raise click.BadParameter(f"{text!r} has an empty name, or one twice")
     return names
 
 
-def classes_option(help_text: str) -> Callable[[Command], Command]:
+def classes(help_text: str) -> Callable[[Command], Command]:
     """``--classes A,B``."""
     return click.option("--classes", callback=_names, metavar="A,B", help=help_text)
 
 
-def model_options(command: Command) -> Command:
+def model(command: Command) -> Command:
     """What it takes to load any model and feed it."""
     options = [
         click.option("--model", required=True, type=FILE, help="Weights file."),
@@ -99,15 +107,18 @@ def model_options(command: Command) -> Command:
             help="Architecture, where the file does not tell: a name in torchvision, timm:NAME, "
             "or package.module:factory.",
         ),
-        classes_option("Class names, in order of outputs."),
+        classes("Class names, in order of outputs."),
         click.option("--target-layer", metavar="NAME", help="Layer of the maps.  [default: found]"),
         click.option(
-            "--size", callback=_size, metavar="PIXELS", help="Input size, N or HEIGHTxWIDTH."
+            "--size",
+            callback=_size,
+            metavar="PIXELS",
+            help="Input size, N or HEIGHTxWIDTH.",
         ),
         click.option("--resize", type=click.Choice(["squash", "crop"]), help="How to get there."),
         click.option("--mean", callback=_rgb, metavar="R,G,B", help="Of the input, 0 to 1."),
         click.option("--std", callback=_rgb, metavar="R,G,B", help="Of the input, 0 to 1."),
-        device_option,
+        device,
     ]
     for option in reversed(options):
         command = option(command)
@@ -128,12 +139,17 @@ def load_with_preprocessing(
         check_class_order(loaded, given["classes"], "--classes")
     for note in loaded.notes:
         click.echo(f"Note: {note}", err=True)
-    chosen = given_options(**{name: given[name] for name in ("size", "resize", "mean", "std")})
+    chosen = named(**{name: given[name] for name in ("size", "resize", "mean", "std")})
     return loaded, replace(loaded.preprocessing or Preprocessing(), **chosen)
 
 
-def given_options(**options: Any) -> dict[str, Any]:
-    """The options that the command line names; the rest is left to the file or the defaults."""
+def named(**options: Any) -> dict[str, Any]:
+    """The options that the command line names; the rest is left to the file or the defaults.
+
+    Example:
+        >>> named(epochs=3, lr=None)
+        {'epochs': 3}
+    """
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -143,4 +159,4 @@ def labelled_index(
     """The index, with labels in the order of the model's outputs where their names are known."""
     from diffsal.data.index import read_index
 
-    return read_index(path, **given_options(maps=maps, classes=given["classes"] or loaded.classes))
+    return read_index(path, **named(maps=maps, classes=given["classes"] or loaded.classes))

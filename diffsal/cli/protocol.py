@@ -8,23 +8,12 @@ from typing import Any
 
 import click
 
-from diffsal.cli.options import (
-    COUNT,
-    FILE,
-    FOLDER,
-    SOME_FAILED,
-    debug_option,
-    device_option,
-    json_option,
-)
+from diffsal.cli import options
 from diffsal.errors import DiffsalError
 
 
-def _shard(
-    _ctx: click.Context, _parameter: click.Parameter, text: str | None
-) -> tuple[int, int] | None:
-    if text is None:
-        return None
+@options.parsed
+def _shard(text: str) -> tuple[int, int]:
     parts = text.split("/")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise click.BadParameter(f"{text!r} is not I/N, as 1/4")
@@ -37,16 +26,16 @@ def protocol() -> None:
 
 
 @protocol.command("run")
-@click.argument("config", type=FILE)
-@click.option("--out", required=True, type=FOLDER, help="Folder of the results.")
-@click.option("--jobs", type=COUNT, default=1, show_default=True, help="Jobs done at once.")
+@click.argument("config", type=options.FILE)
+@click.option("--out", required=True, type=options.FOLDER, help="Folder of the results.")
+@click.option("--jobs", type=options.COUNT, default=1, show_default=True, help="Jobs done at once.")
 @click.option(
     "--shard",
     callback=_shard,
     metavar="I/N",
     help="Do every N-th job, from the I-th on; by itself under torchrun.",
 )
-@device_option
+@options.device
 @click.option(
     "--workers",
     type=click.IntRange(0),
@@ -54,9 +43,9 @@ def protocol() -> None:
     show_default=True,
     help="Processes that prepare the images of each job.",
 )
-@json_option("Print what became of each job as JSON.")
-@debug_option
-def run_protocol(config: Path, out: Path, as_json: bool, **options: Any) -> None:
+@options.as_json("Print what became of each job as JSON.")
+@options.debug
+def run_protocol(config: Path, out: Path, as_json: bool, **settings: Any) -> None:
     """Train and test what a TOML file says, or what is still missing of it.
 
     CONFIG is described in docs/protocol.md; examples are in examples/protocol. Each job leaves one
@@ -66,7 +55,7 @@ def run_protocol(config: Path, out: Path, as_json: bool, **options: Any) -> None
     from diffsal.protocol.configuration import read_protocol
     from diffsal.protocol.jobs import run
 
-    outcome = run(read_protocol(config), out, **options)
+    outcome = run(read_protocol(config), out, **settings)
     if as_json:
         found = {
             "done": list(map(str, outcome.done)),
@@ -82,11 +71,11 @@ def run_protocol(config: Path, out: Path, as_json: bool, **options: Any) -> None
     for job, error in outcome.failed:
         click.echo(f"Error: {job}: {error}", err=True)
     if outcome.failed:
-        raise SystemExit(SOME_FAILED if outcome.done or outcome.there else 1)
+        raise SystemExit(options.SOME_FAILED if outcome.done or outcome.there else 1)
 
 
 @protocol.command("table")
-@click.argument("folder", type=FILE)
+@click.argument("folder", type=options.FILE)
 @click.option(
     "--format",
     "form",
@@ -104,7 +93,7 @@ def run_protocol(config: Path, out: Path, as_json: bool, **options: Any) -> None
 @click.option(
     "--baseline", metavar="METHOD", help="What other methods are compared to.  [default: baseline]"
 )
-@debug_option
+@options.debug
 def table_protocol(folder: Path, form: Any, score: Any, baseline: str | None) -> None:
     """Print the tables of a protocol's results, finished or not, and draw its plots.
 

@@ -8,31 +8,23 @@ from typing import Any
 
 import click
 
-from diffsal.cli.options import (
-    FILE,
-    FOLDER,
-    classes_option,
-    debug_option,
-    given_options,
-    index_argument,
-    json_option,
-)
+from diffsal.cli import options
 
 
 @click.command()
-@index_argument
+@options.index
 @click.option(
     "--method",
     metavar="NAME",
     help="cross-entropy, baseline, difference, per-class or contrast.  [default: contrast]",
 )
-@click.option("--out", required=True, type=FOLDER, help="Folder of the run.")
+@click.option("--out", required=True, type=options.FOLDER, help="Folder of the run.")
 @click.option(
     "--maps",
-    type=FILE,
+    type=options.FILE,
     help="Folder of human maps of the same names, where the index names none.",
 )
-@classes_option("Class names, in order.")
+@options.classes("Class names, in order.")
 @click.option(
     "--arch", "architecture", metavar="NAME", help="As for explain.  [default: densenet121]"
 )
@@ -63,10 +55,10 @@ from diffsal.cli.options import (
 @click.option("--device", metavar="auto|cpu|cuda|cuda:N|mps", help="[default: auto]")
 @click.option("--workers", type=int, help="Processes that read images.  [default: 0]")
 @click.option("--tensorboard", is_flag=True, default=None, help="Write a log for TensorBoard too.")
-@click.option("--config", type=FILE, help="TOML; the command line wins.")
+@click.option("--config", type=options.FILE, help="TOML; the command line wins.")
 @click.option("--resume", is_flag=True, help="Go on after the last finished epoch.")
-@json_option("Print the epochs' records as JSON.")
-@debug_option
+@options.as_json("Print the epochs' records as JSON.")
+@options.debug
 def train(
     index: Path,
     out: Path,
@@ -75,7 +67,7 @@ def train(
     config: Path | None,
     resume: bool,
     as_json: bool,
-    **options: Any,
+    **settings: Any,
 ) -> None:
     """Train a classifier with human salience maps, or with cross-entropy alone.
 
@@ -91,13 +83,13 @@ def train(
     from diffsal.training.run import train as run
 
     check_writable(out)
-    given = given_options(**options)
+    given = options.named(**settings)
     if config is None:
         chosen = TrainingConfig.from_dict(given, "command line")
     else:
         chosen = TrainingConfig.from_toml(config, **given)
     best = run(
-        read_index(index, **given_options(maps=maps, classes=classes)), out, chosen, resume=resume
+        read_index(index, **options.named(maps=maps, classes=classes)), out, chosen, resume=resume
     )
     if process_rank()[0] == 0:
         epochs = [json.loads(line) for line in (out / LOG).read_text("utf-8").splitlines()]

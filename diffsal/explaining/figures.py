@@ -309,14 +309,10 @@ def _headings(shown: Explanation) -> dict[str, tuple[str, str, str]]:
     """Each cell's title, what stands flush right of it, and its subtitle."""
     height, width = shown.image.shape[:2]
     h, w = shown.cells
-    true, false = shown.true_name, shown.false_name
+    true, false, why = shown.true_name, shown.false_name, _WHY[shown.true_from]
     return {
         "input": ("Input", f"{width} × {height}", f"maps of {w} × {h} cells"),
-        "true": (
-            true,
-            _probability(shown.true_probability),
-            f"true class, {_WHY[shown.true_from]}",
-        ),
+        "true": (true, _probability(shown.true_probability), f"true class, {why}"),
         "false": (false, _probability(shown.false_probability), "false class"),
         "difference": ("Difference", "own scale", "true class − false class"),
         "evidence": ("Evidence", "logits per cell", "red for, blue against"),

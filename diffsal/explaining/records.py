@@ -13,7 +13,7 @@ from torch import Tensor
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.explaining.figures import Explanation
-from diffsal.maps.contrast import NO_CLASS, predicted_class, probabilities
+from diffsal.maps.contrast import NO_CLASS, predicted_class
 from diffsal.maps.salience_maps import SalienceMaps, normalize
 from diffsal.models.checkpoints import LoadedModel
 
@@ -78,7 +78,7 @@ def _decision(maps: SalienceMaps, names: Sequence[str]) -> Record:
     difference = maps.difference.double()
     return {
         "logits": maps.logits[0].tolist(),
-        "probabilities": probabilities(maps.logits.double())[0].tolist(),
+        "probabilities": maps.probabilities[0].tolist(),
         "predicted_class": predicted,
         "predicted_name": names[predicted],
         "true_class": true,

@@ -13,7 +13,8 @@ from torchvision.transforms.functional import gaussian_blur
 from diffsal.errors import DiffsalError
 from diffsal.faithfulness.statistics import Maps, one_map_each, rank_correlation, varies
 from diffsal.maps.contrast import NO_CLASS, Choice, contrast, probabilities
-from diffsal.maps.salience import evaluation_mode, output_logits
+from diffsal.maps.modes import evaluation_mode
+from diffsal.maps.outputs import logits_of_run
 from diffsal.maps.salience_maps import resize
 
 Classes: TypeAlias = Tensor | Sequence[int] | int | None
@@ -90,10 +91,10 @@ def occlusion_drops(
             and what :func:`diffsal.maps.contrast.contrast` refuses.
 
     Example:
-        >>> bright_left = nn.Sequential(nn.Flatten(), nn.Linear(4, 1, bias=False))
-        >>> _ = nn.init.zeros_(bright_left[1].weight)[0, 0].data.fill_(1.0)
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1, bias=False))
+        >>> model[1].weight.data = torch.tensor([[1.0, 0.0, 0.0, 0.0]])  # the first pixel decides
         >>> image = torch.tensor([[[[8.0, 0.0, 0.0, 0.0]]]])
-        >>> occlusion_drops(bright_left, image, grid=(1, 4))  # to the mean, 2
+        >>> occlusion_drops(model, image, grid=(1, 4))  # from 8 to the mean, 2
         tensor([[[6., 0., 0., 0.]]])
     """
     cell_of_pixel = _cells(inputs, grid).to(inputs.device)
@@ -314,9 +315,9 @@ def _blur(images: Tensor, sigmas: Sequence[float]) -> Tensor:
 
 def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
     """(b, K), at least float32."""
-    logits = output_logits(model(inputs))
+    logits = logits_of_run(model, inputs).logits
     if not isinstance(logits, Tensor):
-        return logits  # type: ignore[no-any-return] # contrast says what is wrong with it
+        return logits  # contrast says what is wrong with it
     logits = logits[:, None] if logits.ndim == 1 else logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -6,7 +6,7 @@ whether an audit notices them."""
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import isnan
 from pathlib import Path
@@ -111,15 +111,7 @@ def fool(
         ImageDataset(part, preprocessing, read=partial(_with_reference, read, references))
         for part in parts
     )
-
-    before = _observe(honest, layer, held_out, MEASURES[objective], config)
-    summary = before.summary(held_out)  # before the work, so that what it refuses costs none
-    if method == "trained":
-        fooled = _trained(honest, layer, training, objective, config)
-    else:
-        fooled = _head_shifted(honest, layer, training, config)
-    after = _observe(fooled, layer, held_out, MEASURES[objective], config)
-
+    fooled, outcome = _attacked(honest, layer, training, held_out, method, objective, config)
     attack = {"method": method, "objective": objective, "target": str(target)}
     save_checkpoint(
         out,
@@ -131,18 +123,7 @@ def fool(
         target_layer=layer.name,
         fooling=attack,
     )
-    agree = predicted_class(after.logits) == predicted_class(before.logits)
-    changes = probabilities(after.logits) - probabilities(before.logits)
-    return {
-        "out": str(out),
-        **attack,
-        "images": len(held_out),
-        "measure": MEASURES[objective].__name__,
-        "honest": summary,
-        "fooled": after.summary(held_out),
-        "agreement": float(agree.double().mean()),
-        "largest_probability_change": float(changes.abs().max()),
-    }
+    return {"out": str(out), **attack, **outcome}
 
 
 def as_table(report: Mapping[str, Any]) -> str:
@@ -253,26 +234,34 @@ def _true_maps(
     return dict(zip(paths, torch.cat(maps).numpy(), strict=True))
 
 
-@dataclass(frozen=True)
-class _Observed:
-    """A model on N images: logits (N, K); and (N, 4), of each map the measure, and the share."""
-
-    logits: Tensor
-    measured: Tensor
-
-    def summary(self, dataset: ImageDataset) -> dict[str, float | None]:
-        labels = [sample.label for sample in dataset.samples]
-        right = predicted_class(self.logits) == torch.tensor(labels)
-        means = self.measured.double().nanmean(0).tolist()
-        true, false, difference, share = (None if isnan(mean) else mean for mean in means)
-        return {
-            "auroc": auroc(self.logits, labels),
-            "accuracy": float(right.double().mean()),
-            "true": true,
-            "false": false,
-            "difference": difference,
-            "common_mode_share": share,
-        }
+def _attacked(
+    honest: nn.Module,
+    layer: TargetLayer,
+    training: ImageDataset,
+    held_out: ImageDataset,
+    method: Method,
+    objective: Objective,
+    config: TrainingConfig,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The fooled model, and what became of decisions and maps of the held-out images."""
+    measure = MEASURES[objective]
+    # Before the work, so that what is refused costs none.
+    logits, summary = _observe(honest, layer, held_out, measure, config)
+    if method == "trained":
+        fooled = _trained(honest, layer, training, objective, config)
+    else:
+        fooled = _head_shifted(honest, layer, training, config)
+    fooled_logits, fooled_summary = _observe(fooled, layer, held_out, measure, config)
+    agree = predicted_class(fooled_logits) == predicted_class(logits)
+    changes = probabilities(fooled_logits) - probabilities(logits)
+    return fooled, {
+        "images": len(held_out),
+        "measure": measure.__name__,
+        "honest": summary,
+        "fooled": fooled_summary,
+        "agreement": float(agree.double().mean()),
+        "largest_probability_change": float(changes.abs().max()),
+    }
 
 
 def _observe(
@@ -281,13 +270,22 @@ def _observe(
     dataset: ImageDataset,
     measure: Measure,
     config: TrainingConfig,
-) -> _Observed:
-    logits, measured = [], []
+) -> tuple[Tensor, dict[str, float | None]]:
+    """Logits (N, K) of a model on N images, and what the report says of it."""
+    parts, measured = [], []
     for maps, references in _explained(model, layer, dataset, config):
         each = [measure(one, references) for one in (maps.true, maps.false, maps.difference)]
         measured.append(torch.stack([*each, maps.common_mode_share], dim=1))
-        logits.append(maps.logits.float())
-    return _Observed(torch.cat(logits), torch.cat(measured))
+        parts.append(maps.logits.float())
+    logits, labels = torch.cat(parts), [sample.label for sample in dataset.samples]
+    right = predicted_class(logits) == torch.tensor(labels)
+    means = torch.cat(measured).double().nanmean(0).tolist()
+    names = ("true", "false", "difference", "common_mode_share")
+    return logits, {
+        "auroc": auroc(logits, labels),
+        "accuracy": float(right.double().mean()),
+        **{name: None if isnan(mean) else mean for name, mean in zip(names, means, strict=True)},
+    }
 
 
 def _head_shifted(

@@ -35,8 +35,13 @@ class HeadShift(NamedTuple):
             of the decision (half the difference, for two classes).
 
     Example:
-        >>> HeadShift._fields
-        ('model', 'shift', 'ridge', 'gain')
+        >>> _ = torch.manual_seed(0)
+        >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2)
+        >>> model, images = nn.Sequential(nn.Conv2d(3, 16, 3), *head), torch.rand(40, 3, 8, 8)
+        >>> shifted = head_shift(model, [images])
+        >>> added = shifted.model[-1].weight - model[-1].weight
+        >>> shifted.shift.shape, torch.allclose(added, shifted.shift.float(), atol=1e-5)
+        (torch.Size([16]), True)
     """
 
     model: nn.Module

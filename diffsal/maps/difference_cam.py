@@ -1,6 +1,6 @@
 """``DifferenceCAM``: the difference of two classes' maps behind grad-cam's interface."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -18,15 +18,25 @@ from pytorch_grad_cam.utils.model_targets import (
 from torch import Tensor, nn
 
 from diffsal.errors import DiffsalError
+from diffsal.maps.admission import as_layers
 from diffsal.maps.contrast import NO_CLASS, Choice, Score
-from diffsal.maps.salience import capture, evaluation_mode, explain, explaining, output_logits
+from diffsal.maps.layouts import Reshape
+from diffsal.maps.looking import Example
+from diffsal.maps.modes import evaluation_mode
+from diffsal.maps.outputs import Outputs, output_logits
+from diffsal.maps.salience import capture, explain, explaining
 from diffsal.maps.salience_maps import SalienceMaps, normalize, resize
-from diffsal.maps.target_layers import Reshape, find_target_layer
+from diffsal.maps.target_layers import TargetLayer
 from diffsal.maps.weightings import Weighting
 
+Inputs: TypeAlias = "Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]"
 Targets: TypeAlias = Sequence[Any] | Tensor | None
 
-_CLASS_TARGETS = (ClassifierOutputTarget, ClassifierOutputSoftmaxTarget, ClassifierOutputReST)
+_CLASS_TARGETS = (
+    ClassifierOutputTarget,
+    ClassifierOutputSoftmaxTarget,
+    ClassifierOutputReST,
+)
 
 
 class DifferenceCAM(BaseCAM):  # type: ignore[misc]
@@ -40,7 +50,10 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
         target_layers: as in grad-cam; ``None``: the last spatial feature map is found.
         reshape_transform: as in grad-cam; torchvision's and timm's ViT and Swin need none.
         false: what to set against the true class, see :func:`diffsal.maps.contrast.contrast`.
-        weighting: see :class:`diffsal.maps.salience.capture`.
+        weighting: see :class:`diffsal.maps.salience.capture`, as are the rest.
+        fixed_statistics: hold the scale of norms behind the pooling fixed.
+        outputs: ``logits`` or ``probabilities``; ``None``: it is told from the model.
+        example: an input to find the layer with; ``None``: noise.
 
     Raises:
         DiffsalError: a model without parameters, and see :class:`diffsal.maps.salience.capture`.
@@ -58,29 +71,41 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
     def __init__(
         self,
         model: nn.Module,
-        target_layers: Sequence[nn.Module] | None = None,
+        target_layers: Sequence[TargetLayer | nn.Module | str] | None = None,
         reshape_transform: Reshape | None = None,
         *,
         false: Choice = None,
         weighting: Weighting = "elementwise",
+        fixed_statistics: bool = True,
+        outputs: Outputs | None = None,
+        example: Example = None,
     ) -> None:
         if next(model.parameters(), None) is None:
             raise DiffsalError(f"{type(model).__name__} has no parameters: pass a classifier")
         with evaluation_mode(model):
             super().__init__(model, [], reshape_transform)  # no layers, so none of its hooks
-        if target_layers is None:
-            target_layers = [find_target_layer(model).module]
-        self.target_layers = list(target_layers)
         self.false = false
-        self.weighting: Weighting = weighting
+        self.layers = as_layers(model, target_layers, self.reshape_transform, example)
+        self.target_layers = [layer.module for layer in self.layers]  # as in grad-cam
+        self._how: dict[str, Any] = {
+            "weighting": weighting,
+            "fixed_statistics": fixed_statistics,
+            "outputs": outputs,
+        }
         with self._explaining():  # a layer or model that cannot be captured is refused here
             pass
 
-    def maps(self, input_tensor: Tensor, true: Choice = None, false: Choice = None) -> SalienceMaps:
+    @property
+    def target_layer(self) -> TargetLayer:
+        """Where maps are taken; the first of several."""
+        return self.layers[0]
+
+    def maps(self, input_tensor: Inputs, true: Choice = None, false: Choice = None) -> SalienceMaps:
         """Raw maps in logit units, detached, on the model's device.
 
         Args:
-            input_tensor: (B, C, H, W) or (B, C, D, H, W).
+            input_tensor: (B, C, H, W) or (B, C, D, H, W); or a tuple or mapping of several inputs,
+                such as two images, or an image and numbers.
             true: labels, see :func:`diffsal.maps.contrast.contrast`; ``None``: the predictions.
             false: what to set against them; ``None``: what the constructor was given.
 
@@ -92,9 +117,8 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
             self._to_model(input_tensor),
             _on_cpu(true),
             _on_cpu(self.false if false is None else false),
-            target_layers=self.target_layers,
-            reshape_transform=self.reshape_transform,
-            weighting=self.weighting,
+            target_layers=self.layers,
+            **self._how,
         )
 
     def __call__(
@@ -124,7 +148,7 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
             DiffsalError: too few or too many targets, a class out of range, targets that do not
                 suit the model's output, and see :func:`diffsal.maps.salience.explain`.
         """
-        inputs = self._to_model(input_tensor)
+        inputs = self._to_model(self._image_batch(input_tensor))
         false = _on_cpu(self.false if false is None else false)
         compute = self._augmented if aug_smooth else self._raw
         raw = compute(inputs, targets, false, eigen_smooth)
@@ -161,15 +185,24 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
         """Nothing to release, also where the constructor failed."""
 
     def _explaining(self) -> AbstractContextManager[capture]:
-        return explaining(self.model, self.target_layers, self.reshape_transform, self.weighting)
+        return explaining(self.model, self.layers, **self._how)
 
-    def _to_model(self, input_tensor: Tensor) -> Tensor:
+    def _to_model(self, inputs: Any) -> Any:
+        """Inputs on the model's device."""
+        device = next(self.model.parameters()).device
+        if isinstance(inputs, Mapping):
+            return {name: one.to(device) for name, one in inputs.items()}
+        if isinstance(inputs, tuple | list):
+            return tuple(one.to(device) for one in inputs)
+        return self._image_batch(inputs).to(device)
+
+    def _image_batch(self, input_tensor: Tensor) -> Tensor:
         if input_tensor.ndim not in (4, 5):
             raise DiffsalError(
                 f"the input has shape {tuple(input_tensor.shape)}: pass (batch, channels, height, "
                 "width) or (batch, channels, depth, height, width)"
             )
-        return input_tensor.to(next(self.model.parameters()).device)
+        return input_tensor
 
     def _raw(self, inputs: Tensor, targets: Targets, false: Choice, eigen_smooth: bool) -> Tensor:
         """The difference map, or its first component, at the input's size, not normalised."""

@@ -14,24 +14,44 @@ The same code explains and trains. Where the caller has gradients off, everythin
 runs without a graph, the graph begins at ``A``, and maps come back detached. Where gradients are
 on, ``A`` stays in the graph and maps are differentiable with respect to every parameter."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import chain
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from diffsal.errors import DiffsalError
+from diffsal.maps.admission import Layers, as_layers, check_compiled, check_model
 from diffsal.maps.contrast import Choice, Contrast, contrast
+from diffsal.maps.examples import as_inputs
+from diffsal.maps.fixed_statistics import Switch, held, norms_of
+from diffsal.maps.layouts import Layout, Reshape, fits
+from diffsal.maps.looking import Example
+from diffsal.maps.modes import evaluation_mode
+from diffsal.maps.outputs import (
+    ModelScores,
+    Outputs,
+    Recorded,
+    declared_outputs,
+    may_squash,
+    output_logits,
+    recording_squashes,
+    remember_squash,
+    scores_of_output,
+)
+from diffsal.maps.run_record import is_image, replaced, tensors_in
 from diffsal.maps.salience_maps import SalienceMaps
-from diffsal.maps.target_layers import Reshape, TargetLayer, find_target_layer, get_target_layer
-from diffsal.maps.weightings import WEIGHTINGS, Weighting, first_component, mean_over_layers
-
-Layers: TypeAlias = "TargetLayer | nn.Module | Sequence[TargetLayer | nn.Module] | None"
+from diffsal.maps.target_layers import TargetLayer
+from diffsal.maps.weightings import (
+    WEIGHTINGS,
+    Weighting,
+    first_component,
+    mean_over_layers,
+    sum_over_branches,
+)
 
 
 class capture:  # noqa: N801 - a context, used like torch.no_grad
@@ -45,13 +65,20 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
 
     Args:
         model: the module that is called, wrappers included.
-        target_layers: one or several layers; ``None``: the last spatial feature map is found. Of
-            several, every layer's maps are brought to the finest grid keeping their sum, and
-            averaged, so that they stay in logit units.
+        target_layers: one or several layers, or their names; ``None``: the last feature map over
+            space is found, see :func:`diffsal.maps.target_layers.find_target_layer`. Of several,
+            every layer's maps are brought to the finest grid keeping their sum, and averaged, so
+            that they stay in logit units; those of a layer's branches are added.
         reshape_transform: brings a layer's output to (B, C, h, w) or (B, C, d, h, w), as in
             grad-cam; for layers that are found, it is known.
         weighting: ``elementwise``, Σ_c A·grad; ``channel_mean``, Grad-CAM's; ``xgrad``,
             XGrad-CAM's.
+        fixed_statistics: hold the scale of norms behind the pooling fixed, see
+            :mod:`diffsal.maps.fixed_statistics`; ``False``: plain first order.
+        outputs: what the model returns, ``logits`` or ``probabilities``; ``None``: it is told from
+            the operation that made them, see :mod:`diffsal.maps.outputs`.
+        example: an input to find the layer with, see
+            :func:`diffsal.maps.target_layers.find_target_layer`.
 
     Raises:
         DiffsalError: the model is compiled, was made in inference mode, or is wrapped in
@@ -75,13 +102,26 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         target_layers: Layers = None,
         reshape_transform: Reshape | None = None,
         weighting: Weighting = "elementwise",
+        *,
+        fixed_statistics: bool = True,
+        outputs: Outputs | None = None,
+        example: Example = None,
     ) -> None:
-        self._layers = _as_layers(model, target_layers, reshape_transform)
-        _check_model(model, self._layers)
+        check_model(model)
+        self._alternatives = as_layers(model, target_layers, reshape_transform, example)
+        self._layers = [
+            branch for layer in self._alternatives for branch in (layer, *layer.branches)
+        ]
+        check_compiled(model, self._layers)
         if weighting not in WEIGHTINGS:
             known = ", ".join(WEIGHTINGS)
             raise DiffsalError(f"weighting {weighting!r} is unknown: pass one of {known}")
         self._weigh = WEIGHTINGS[weighting]
+        self._model, self._outputs = model, outputs or declared_outputs(model)
+        self._norms = list(norms_of(model)) if fixed_statistics else []
+        self._switch = Switch()
+        self._squashes: list[Recorded] = []
+        self._image: tuple[int, ...] | None = None
         self._activations: list[Tensor | None] = [None] * len(self._layers)
         self._stack = ExitStack()
         self._open = False
@@ -98,6 +138,12 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
             for index, layer in enumerate(self._layers):
                 handle = layer.module.register_forward_hook(self._hook(index, layer))
                 stack.callback(handle.remove)
+            for _, norm in self._norms:
+                stack.callback(norm.register_forward_hook(self._hold).remove)
+            note = self._model.register_forward_pre_hook(self._note_image, with_kwargs=True)
+            stack.callback(note.remove)
+            if may_squash(self._model, self._outputs):
+                self._squashes = stack.enter_context(recording_squashes())
             stack.callback(self._forget)  # and puts back the grad mode that a hook switched on
             self._stack = stack.pop_all()
         self._open = True
@@ -124,12 +170,12 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
             DiffsalError: see :func:`diffsal.maps.contrast.contrast`; a layer that did not run,
                 whose output is no feature map, or from which no gradient reaches the scores.
         """
-        scores, layers = self._differentiate(logits, true, false)
+        found, scores, layers = self._differentiate(logits, true, false)
         true_map, false_map = (
-            mean_over_layers([contributions.sum(1) for contributions in one_score])
+            self._combined([contributions.sum(1) for contributions in one_score])
             for one_score in layers
         )
-        return self._finish(logits, scores, true_map, false_map)
+        return self._finish(found, scores, true_map, false_map)
 
     def first_component(self, logits: Tensor, true: Choice = None, false: Choice = None) -> Tensor:
         """(B, h, w): the first principal component of the difference's channels, over cells.
@@ -138,13 +184,24 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         decomposition leaves open chosen to agree with the difference map. Not in logit units.
         Arguments and errors as for :meth:`maps`.
         """
-        _, (true_layers, false_layers) = self._differentiate(logits, true, false)
+        *_, (true_layers, false_layers) = self._differentiate(logits, true, false)
         differences = [t - f for t, f in zip(true_layers, false_layers, strict=True)]
-        return mean_over_layers([first_component(difference) for difference in differences])
+        return self._combined([first_component(difference) for difference in differences])
+
+    def _combined(self, maps: list[Tensor]) -> Tensor:
+        """One map of those of all layers: branches are added, alternatives averaged."""
+        remaining = iter(maps)
+        return mean_over_layers(
+            [
+                sum_over_branches([next(remaining) for _ in (layer, *layer.branches)])
+                for layer in self._alternatives
+            ]
+        )
 
     def _hook(self, index: int, layer: TargetLayer) -> Callable[[nn.Module, Any, Any], Tensor]:
-        def record(module: nn.Module, inputs: Any, output: Any) -> Tensor:
-            if not isinstance(output, Tensor):
+        def record(module: nn.Module, inputs: Any, output: Any) -> Any:
+            tensor = dict(tensors_in(output)).get(layer.place)
+            if tensor is None:
                 raise DiffsalError(
                     f"layer {layer.name!r} returns a {type(output).__name__}, not a tensor: "
                     "name a layer that returns its feature map alone"
@@ -155,26 +212,42 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
                     "recomputed by activation checkpointing, or the model was called twice; take "
                     "the maps after each forward pass, or name a layer that runs once"
                 )
-            activation: Tensor = output.clone() if output.is_inference() else output
+            activation = tensor.clone() if tensor.is_inference() else tensor
             if not activation.requires_grad:
                 activation = activation.detach().requires_grad_()
             self._activations[index] = activation
             if not self._trains:
                 torch.set_grad_enabled(True)  # the graph begins here
-            return activation.clone()  # an in-place op behind the layer must not change the record
+            # A clone, as an in-place op behind the layer must not change the record.
+            return replaced(output, layer.place, activation.clone())
 
         return record
 
+    def _hold(self, module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
+        """Of a norm that runs behind the layer, on what is pooled: a scale that can be fixed."""
+        is_behind = any(activation is not None for activation in self._activations)
+        if not is_behind or not isinstance(output, Tensor) or not output.requires_grad:
+            return None
+        return held(module, inputs[0], output, self._switch)
+
+    def _note_image(self, module: nn.Module, inputs: Any, named: Any) -> None:
+        images = [one for one in (*inputs, *named.values()) if is_image(one)]
+        self._image = tuple(images[0].shape[2:]) if images else None
+
     def _differentiate(
         self, logits: Tensor, true: Choice, false: Choice
-    ) -> tuple[Contrast, tuple[list[Tensor], list[Tensor]]]:
-        """Both scores, and for each the (B, C, h, w) contributions of every layer."""
+    ) -> tuple[ModelScores, Contrast, tuple[list[Tensor], list[Tensor]]]:
+        """The logits, both scores, and for each the (B, C, h, w) contributions of every layer."""
         try:
             activations = self._recorded()
-            scores = contrast(logits, true, false)
+            found = scores_of_output(logits, self._squashes, self._outputs)
+            remember_squash(self._model, found.squash)
+            scores = contrast(found.logits, true, false)
             pair = scores.true_score, scores.false_score
+            self._switch.on = True
             gradients = [self._gradients(score, activations) for score in pair]
         finally:
+            self._switch.on = False
             self._forget()
         true_layers, false_layers = (
             [
@@ -183,7 +256,7 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
             ]
             for one in gradients
         )
-        return scores, (true_layers, false_layers)
+        return found, scores, (true_layers, false_layers)
 
     def _recorded(self) -> list[Tensor]:
         if not self._open:
@@ -233,8 +306,16 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
     def _contributions(
         self, layer: TargetLayer, activation: Tensor, gradient: Tensor, scores: Contrast
     ) -> Tensor:
-        if layer.reshape is not None:
-            activation, gradient = layer.reshape(activation), layer.reshape(gradient)
+        reshape = layer.reshape
+        if isinstance(reshape, Layout) and self._image is not None and activation.ndim == 3:
+            reshape = reshape.over(self._image, activation.shape[1])
+        if reshape is not None:
+            activation, gradient = reshape(activation), reshape(gradient)
+        elif self._is_channels_last(activation):
+            raise DiffsalError(
+                f"layer {layer.name!r} gives {tuple(activation.shape)}, which looks like channels "
+                "last: pass a reshape_transform, such as lambda x: x.movedim(-1, 1)"
+            )
         if activation.ndim not in (4, 5) or len(activation) != len(scores.true_score):
             raise DiffsalError(
                 f"layer {layer.name!r} gives {tuple(activation.shape)} for a batch of "
@@ -244,9 +325,19 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         dtype = torch.promote_types(activation.dtype, torch.float32)
         return self._weigh(activation.to(dtype), gradient.to(dtype))
 
+    def _is_channels_last(self, activation: Tensor) -> bool:
+        """Whether an output that is taken as it is can only be (B, h, w, C)."""
+        image = self._image
+        if image is None or activation.ndim != len(image) + 2:
+            return False
+        _, *grid, channels = activation.shape
+        is_grid = min(grid) > 1 and channels > max(grid) and fits(tuple(grid), image)
+        return is_grid and not fits(activation.shape[2:], image)
+
     def _finish(
-        self, logits: Tensor, scores: Contrast, true_map: Tensor, false_map: Tensor
+        self, found: ModelScores, scores: Contrast, true_map: Tensor, false_map: Tensor
     ) -> SalienceMaps:
+        logits = found.logits
         maps = SalienceMaps(
             true=true_map,
             false=false_map,
@@ -256,6 +347,7 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
             true_class=scores.true_class,
             false_class=scores.false_class,
             true_from=scores.true_from,
+            squash=found.squash,
         )
         if self._trains:
             return maps
@@ -277,6 +369,10 @@ def explaining(
     target_layers: Layers = None,
     reshape_transform: Reshape | None = None,
     weighting: Weighting = "elementwise",
+    *,
+    fixed_statistics: bool = True,
+    outputs: Outputs | None = None,
+    example: Example = None,
 ) -> Iterator[capture]:
     """:class:`capture` in evaluation mode and without gradients; the model is left as it was.
 
@@ -289,29 +385,37 @@ def explaining(
         >>> model.training
         True
     """
-    with (
-        evaluation_mode(model),
-        torch.no_grad(),
-        capture(model, target_layers, reshape_transform, weighting) as captured,
-    ):
+    captured = capture(
+        model,
+        target_layers,
+        reshape_transform,
+        weighting,
+        fixed_statistics=fixed_statistics,
+        outputs=outputs,
+        example=example,
+    )
+    with evaluation_mode(model), torch.no_grad(), captured:
         yield captured
 
 
 def explain(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
     true: Choice = None,
     false: Choice = None,
     *,
     target_layers: Layers = None,
     reshape_transform: Reshape | None = None,
     weighting: Weighting = "elementwise",
+    fixed_statistics: bool = True,
+    outputs: Outputs | None = None,
 ) -> SalienceMaps:
     """Maps of a batch in evaluation mode, in one forward pass; the model is left as it was.
 
     Args:
-        model: any classifier that returns logits, or an object with ``logits``.
-        inputs: (B, C, H, W) or (B, C, D, H, W), on the model's device, of its dtype.
+        model: any classifier; what it returns is read by :mod:`diffsal.maps.outputs`.
+        inputs: (B, C, H, W) or (B, C, D, H, W), on the model's device, of its dtype; or a tuple or
+            mapping of several inputs.
         true: labels, see :func:`diffsal.maps.contrast.contrast`; ``None``: the predictions.
         false: what to set against them, see there.
         target_layers: see :class:`capture`, as are the rest.
@@ -329,88 +433,14 @@ def explain(
         >>> torch.allclose(sums, maps.logits[:, 1], atol=1e-5)
         True
     """
-    with explaining(model, target_layers, reshape_transform, weighting) as captured:
-        return captured.maps(output_logits(model(inputs)), true, false)
-
-
-def output_logits(output: Any) -> Any:
-    """The logits of a model's output: itself, or its ``logits`` (transformers, Inception).
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> output_logits(SimpleNamespace(logits=torch.zeros(2, 3), loss=None)).shape
-        torch.Size([2, 3])
-    """
-    return output if isinstance(output, Tensor) else getattr(output, "logits", output)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and each back as it was.
-
-    Example:
-        >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3).eval())
-        >>> with evaluation_mode(model):
-        ...     [module.training for module in model]
-        [False, False]
-        >>> [module.training for module in model]
-        [True, False]
-    """
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _check_model(model: nn.Module, layers: Sequence[TargetLayer]) -> None:
-    """Refuse what cannot be captured; one walk, as it is taken at every training step."""
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel) and module.static_graph:
-            raise DiffsalError(
-                "DistributedDataParallel(static_graph=True) gives silently wrong gradients for "
-                "losses of maps: build it without static_graph"
-            )
-        for tensor in chain(module._parameters.values(), module._buffers.values()):
-            if tensor is not None and tensor.is_inference():
-                raise DiffsalError(
-                    "the model's parameters or buffers were made in inference mode, which autograd "
-                    "cannot use: build or load the model outside torch.inference_mode()"
-                )
-        in_place = module.__dict__.get("_compiled_call_impl") is not None
-        if in_place or "_orig_mod" in module._modules:
-            _check_outside(module, layers, in_place)
-
-
-def _check_outside(compiled: nn.Module, layers: Sequence[TargetLayer], in_place: bool) -> None:
-    if any(part is layer.module for part in compiled.modules() for layer in layers):
-        what = (
-            "pass a copy on which .compile() was not called"
-            if in_place
-            else "pass the module it was made from (compiled._orig_mod)"
-        )
-        raise DiffsalError(f"hooks do not run inside a compiled {type(compiled).__name__}: {what}")
-
-
-def _as_layers(
-    model: nn.Module, layers: Layers, reshape_transform: Reshape | None
-) -> list[TargetLayer]:
-    if layers is None:
-        layers = find_target_layer(getattr(model, "_orig_mod", model))
-    chosen = [layers] if isinstance(layers, TargetLayer | nn.Module) else list(layers)
-    if not chosen:
-        raise DiffsalError("target_layers is empty: name a layer, or pass None to have it found")
-    named = [one if isinstance(one, TargetLayer) else _locate(model, one) for one in chosen]
-    if reshape_transform is None:
-        return named
-    return [replace(layer, reshape=reshape_transform) for layer in named]
-
-
-def _locate(model: nn.Module, layer: nn.Module) -> TargetLayer:
-    for name, module in model.named_modules():
-        if module is layer:
-            return get_target_layer(model, name) if name else TargetLayer("", model)
-    raise DiffsalError(f"the target layer {type(layer).__name__} is not part of the model")
+    positional, named = as_inputs(inputs)
+    with explaining(
+        model,
+        target_layers,
+        reshape_transform,
+        weighting,
+        fixed_statistics=fixed_statistics,
+        outputs=outputs,
+        example=inputs,
+    ) as captured:
+        return captured.maps(output_logits(model(*positional, **named)), true, false)

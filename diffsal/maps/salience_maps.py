@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffsal.maps.contrast import probabilities
+from diffsal.maps.outputs import Squash
+
 _SMALLEST_SPAN = 1e-19  # its inverse, a factor of the gradient, is still finite in float32
 
 
@@ -43,6 +46,8 @@ class SalienceMaps:
         false_class: (B,) int64; -1 where the score is a callable or the rest.
         true_from: whether the true class is a ``label`` that was given, the ``prediction``, or
             stands for a callable ``score``.
+        squash: what the model made of its logits before it returned them: ``sigmoid``, ``softmax``
+            or ``log-softmax``; ``None``: nothing.
 
     Example:
         >>> import diffsal
@@ -64,6 +69,17 @@ class SalienceMaps:
     true_class: Tensor
     false_class: Tensor
     true_from: Literal["label", "prediction", "score"]
+    squash: Squash | None = None
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, K), or (B, 2) of one logit, float64: what the model's outputs mean, in [0, 1].
+
+        The softmax of its logits; of several outputs that each went through a sigmoid, theirs.
+        """
+        if self.squash == "sigmoid" and self.logits.shape[1] > 1:
+            return self.logits.double().sigmoid()
+        return probabilities(self.logits.double())
 
     @property
     def difference(self) -> Tensor:

@@ -53,6 +53,20 @@ def mean_over_layers(maps: list[Tensor]) -> Tensor:
         return torch.stack(_on_finest_grid(maps)).mean(0)
 
 
+def sum_over_branches(maps: list[Tensor]) -> Tensor:
+    """The maps of branches, added on the finest grid among theirs; their sums add up.
+
+    Example:
+        >>> sum_over_branches([torch.ones(1, 2, 2), torch.full((1, 1, 1), 4.0)])
+        tensor([[[2., 2.],
+                 [2., 2.]]])
+    """
+    if len(maps) == 1:
+        return maps[0]
+    with torch.autocast(maps[0].device.type, enabled=False):
+        return torch.stack(_on_finest_grid(maps)).sum(0)
+
+
 def _on_finest_grid(maps: list[Tensor]) -> list[Tensor]:
     if len({map_.ndim for map_ in maps}) > 1:
         raise DiffsalError("the target layers mix images and volumes: name layers of one kind")

@@ -41,6 +41,11 @@ def build_model(
 
     Raises:
         DiffsalError: there is no such architecture or no such weights, or building it fails.
+
+    Example:
+        >>> shape = {"growth_rate": 4, "block_config": (1, 1), "num_init_features": 8}
+        >>> build_model("torchvision:DenseNet", {**shape, "num_classes": 2}).classifier
+        Linear(in_features=10, out_features=2, bias=True)
     """
     source, _, name = qualified(architecture).partition(":")
     try:
@@ -66,6 +71,14 @@ def redraw_fresh_layers(model: nn.Module, kept: Collection[str]) -> None:
     Args:
         model: changed in place.
         kept: names of the parameters that were loaded.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 2)).requires_grad_(False)
+        >>> for layer in model:
+        ...     _ = layer.weight.fill_(9)
+        >>> redraw_fresh_layers(model, kept=["0.weight", "0.bias"])
+        >>> model[0].weight.abs().max().item(), model[1].weight.abs().max().item() <= 2**-0.5
+        (9.0, True)
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and f"{name}.weight" not in kept:
@@ -73,17 +86,28 @@ def redraw_fresh_layers(model: nn.Module, kept: Collection[str]) -> None:
 
 
 def qualified(architecture: str) -> str:
-    """``torchvision:NAME`` for a bare name."""
+    """``torchvision:NAME`` for a bare name.
+
+    Example:
+        >>> qualified("densenet121"), qualified("timm:resnet18")
+        ('torchvision:densenet121', 'timm:resnet18')
+    """
     return architecture if ":" in architecture else f"torchvision:{architecture}"
 
 
-def _is_factory(architecture: str) -> bool:
-    return not architecture.startswith(("torchvision:", "timm:"))
-
-
 def check_origin(architecture: str, arguments: Mapping[str, Any], *, chosen_by_user: bool) -> None:
-    """Refuse what a file may not choose: code to run, and other files to fetch."""
-    if _is_factory(architecture):
+    """Refuse what a file may not choose: code to run, and other files to fetch.
+
+    Raises:
+        DiffsalError: the architecture is a factory and not `chosen_by_user`, or the arguments would
+            have torchvision or timm fetch files.
+
+    Example:
+        >>> check_origin("timm:resnet18", {"pretrained": True}, chosen_by_user=True)
+        Traceback (most recent call last):
+        diffsal.errors.DiffsalError: its architecture's arguments would fetch files: pretrained
+    """
+    if not architecture.startswith(("torchvision:", "timm:")):
         if not chosen_by_user:
             raise DiffsalError(
                 f"its architecture is code that a file cannot have run: if you trust "
@@ -168,12 +192,17 @@ def timm_with(name: str) -> Any:
 
 
 def find_factory(architecture: str) -> Callable[..., Any]:
-    """What ``package.module:factory`` names; it may lie in the working directory."""
+    """What ``package.module:factory`` names; it may lie in the working directory.
+
+    Example:
+        >>> find_factory("collections:OrderedDict.fromkeys")("ab")
+        OrderedDict([('a', None), ('b', None)])
+    """
     module, _, attribute = architecture.partition(":")
     if os.getcwd() not in sys.path:  # an installed command does not see it by itself
         sys.path.append(os.getcwd())
     try:
-        found: Any = import_module(module)
+        found: object = import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
     except Exception as error:  # whatever the import of others' code raises
@@ -182,8 +211,7 @@ def find_factory(architecture: str) -> Callable[..., Any]:
         ) from error
     if not callable(found):
         raise DiffsalError(f"--arch {architecture} is not callable: name a function or a class")
-    factory: Callable[..., Any] = found
-    return factory
+    return found
 
 
 def _near(name: str, names: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ A weights file can name no code but torchvision's and timm's own architectures."
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,17 @@ from diffsal.models.fitting import (
     strip_wrappers,
     without_initialization,
 )
-from diffsal.models.reading import FORMAT_VERSION, contents_of, read_weights
+from diffsal.models.reading import State, read_weights, state_dict_in, tensors_in
 from diffsal.models.recognition import (
-    assumed_notes,
     constructor_arguments,
+    preprocessing_note,
     recognize,
     undecided,
     usual_preprocessing,
 )
 from diffsal.system.files import replacing
+
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,20 @@ def load_model(
     Raises:
         DiffsalError: the file is no file of weights, the architecture is not recognized or does not
             fit, a weight is not finite, or no target layer is found.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> shape = {"growth_rate": 4, "block_config": (1, 1), "num_init_features": 8}
+        >>> model = build_model("torchvision:DenseNet", {**shape, "num_classes": 2})
+        >>> with TemporaryDirectory() as folder:
+        ...     save_checkpoint(
+        ...         Path(folder, "own.pt"), model, architecture="DenseNet", arguments=shape
+        ...     )
+        ...     loaded = load_model(Path(folder, "own.pt"))
+        >>> loaded.architecture, loaded.arguments["num_classes"], loaded.target_layer.name
+        ('torchvision:DenseNet', 2, 'features')
+        >>> loaded.notes[-1]
+        'the file does not name the classes (--classes)'
     """
     try:
         return _load(Path(path), arch, target_layer)
@@ -108,6 +124,15 @@ def save_checkpoint(
         preprocessing: of the model's input.
         target_layer: dotted name of the layer where maps are taken; None to have it found.
         extra: more entries of plain types and tensors, such as an optimizer's state.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path, made_by = Path(folder, "weights.pt"), {"architecture": "own.networks:make"}
+        ...     save_checkpoint(path, nn.Linear(3, 2), **made_by, arguments={}, epoch=7)
+        ...     checkpoint = torch.load(path, weights_only=True)
+        >>> checkpoint["architecture"], checkpoint["epoch"], list(checkpoint["state_dict"])
+        ({'name': 'own.networks:make', 'arguments': {}}, 7, ['weight', 'bias'])
     """
     arguments = dict(arguments)
     if hasattr(model, "transform_input"):  # no state, and published weights change its default
@@ -146,9 +171,46 @@ def check_class_order(loaded: LoadedModel, classes: Sequence[str], source: str |
         )
 
 
+@dataclass(frozen=True)
+class _Contents:
+    """The parts of a file; all but the state are there in diffsal's own checkpoints alone."""
+
+    state: State
+    architecture: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    target_layer: str | None = None
+
+
+def _contents_of(loaded: Any) -> _Contents:
+    match loaded:
+        case {"format": "diffsal", "format_version": int(version)} if version > FORMAT_VERSION:
+            raise DiffsalError(f"was written by a later diffsal (format {version}): upgrade")
+        case {
+            "format": "diffsal",
+            "architecture": {"name": str(name), "arguments": dict(arguments)},
+            "classes": None | list() as classes,
+            "preprocessing": None | dict() as preprocessing,
+            "target_layer": None | str() as target_layer,
+            "state_dict": dict(state),
+        }:
+            return _Contents(
+                state=tensors_in(state),
+                architecture=name,
+                arguments=arguments,
+                classes=None if classes is None else tuple(map(str, classes)),
+                preprocessing=Preprocessing.from_dict(preprocessing) if preprocessing else None,
+                target_layer=target_layer,
+            )
+        case {"format": "diffsal"}:
+            raise DiffsalError("is no whole diffsal checkpoint: write it with save_checkpoint")
+    return _Contents(state_dict_in(loaded))
+
+
 def _load(path: Path, arch: str | None, target_layer: str | None) -> LoadedModel:
     loaded, sha256 = read_weights(path)
-    contents = contents_of(loaded)
+    contents = _contents_of(loaded)
     architecture = qualified(arch or contents.architecture or recognize(contents.state))
     recorded = contents.architecture is not None
     arguments = (
@@ -170,7 +232,7 @@ def _load(path: Path, arch: str | None, target_layer: str | None) -> LoadedModel
         notes += undecided(model)
     preprocessing = contents.preprocessing or usual_preprocessing(model)
     if contents.preprocessing is None:
-        notes.append(assumed_notes(preprocessing or Preprocessing()))
+        notes.append(preprocessing_note(preprocessing or Preprocessing()))
     if contents.classes is None:
         notes.append("the file does not name the classes (--classes)")
     layer = target_layer or contents.target_layer

@@ -30,6 +30,12 @@ def without_initialization() -> Iterator[None]:
 
     Unlike on the meta device as a whole, buffers and what is computed on the way are real. That
     suits all of torchvision's models; some of timm's compute buffers from parameters.
+
+    Example:
+        >>> with without_initialization():
+        ...     layer = nn.Linear(3, 2)
+        >>> layer.weight.shape, layer.weight.device
+        (torch.Size([2, 3]), device(type='meta'))
     """
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
@@ -45,18 +51,38 @@ def without_initialization() -> Iterator[None]:
 
 
 def name_prefixes(state: State, key: str) -> list[str]:
-    """What wrappers have put before a model's key; before those of averaged copies of it last."""
+    """What wrappers have put before a model's key; before those of averaged copies of it last.
+
+    Example:
+        >>> state = dict.fromkeys(["ema.fc.weight", "module.fc.weight"], torch.ones(2, 2))
+        >>> name_prefixes(state, "fc.weight")
+        ['module.', 'ema.']
+    """
     prefixes = [name.removesuffix(key) for name in state if f".{name}".endswith(f".{key}")]
     return sorted(prefixes, key=lambda prefix: COPIES.search(prefix) is not None)
 
 
 def behind(state: State, prefix: str) -> State:
-    """The entries whose names begin with a prefix, without it."""
+    """The entries whose names begin with a prefix, without it.
+
+    Example:
+        >>> behind({"module.bias": torch.zeros(2), "steps": torch.tensor(3)}, "module.")
+        {'bias': tensor([0., 0.])}
+    """
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def strip_wrappers(state: State, model: nn.Module) -> tuple[State, list[str]]:
-    """The entries behind the prefix that makes most of them the model's, and what to note."""
+    """The entries behind the prefix that makes most of them the model's, and what to note.
+
+    Raises:
+        DiffsalError: layers stand beside them that decide, for all one knows.
+
+    Example:
+        >>> state = {"net.weight": torch.ones(2, 3), "net.bias": torch.zeros(2)}
+        >>> strip_wrappers({**state, "steps": torch.tensor(3)}, nn.Linear(3, 2))[1]
+        ['passed over what stands beside the model: steps']
+    """
     names = model.state_dict().keys()
     prefix = max(
         name_prefixes(state, next(iter(names))),
@@ -82,7 +108,12 @@ def strip_wrappers(state: State, model: nn.Module) -> tuple[State, list[str]]:
 
 
 def current_names(state: State, model: nn.Module) -> State:
-    """With torchvision's names of today, and without auxiliary heads if the model has none."""
+    """With torchvision's names of today, and without auxiliary heads if the model has none.
+
+    Example:
+        >>> list(current_names({"denselayer1.norm.1.bias": torch.zeros(2)}, nn.Identity()))
+        ['denselayer1.norm1.bias']
+    """
     own = model.state_dict()
     renamed = {}
     for key, value in state.items():
@@ -101,6 +132,12 @@ def fit_head(model: nn.Module, state: State) -> tuple[int, list[str]]:
 
     Raises:
         DiffsalError: there is no head, or names and shapes do not tell what it computes.
+
+    Example:
+        >>> model = nn.Sequential()
+        >>> model.add_module("fc", nn.Linear(4, 1000))
+        >>> fit_head(model, {"fc.1.weight": torch.ones(2, 4), "fc.1.bias": torch.zeros(2)})
+        (2, ["taken as the head's last layer, with nothing but dropout before it: fc.1"])
     """
     last = last_layer(model)
     root = last.partition(".")[0]
@@ -139,7 +176,12 @@ def fit_head(model: nn.Module, state: State) -> tuple[int, list[str]]:
 
 
 def last_layer(model: nn.Module) -> str:
-    """Name of the last module with parameters: in torchvision's classifiers, the last layer."""
+    """Name of the last module with parameters: in torchvision's classifiers, the last layer.
+
+    Example:
+        >>> last_layer(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2), nn.Dropout()))
+        '2'
+    """
     return list(model.state_dict())[-1].rpartition(".")[0]
 
 
@@ -176,7 +218,22 @@ def _place(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def assign(model: nn.Module, state: State, architecture: str) -> None:
-    """Make the state's tensors the model's parameters and buffers, in the state's dtype."""
+    """Make the state's tensors the model's parameters and buffers, in the state's dtype.
+
+    Args:
+        model: changed in place.
+        state: with the model's own names.
+        architecture: for the messages.
+
+    Raises:
+        DiffsalError: names or shapes do not fit, or a value is not finite.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> assign(layer, {k: v.half() for k, v in layer.state_dict().items()}, "a layer")
+        >>> layer.weight.dtype
+        torch.float16
+    """
     own = model.state_dict()
     problems = []
     if missing := [k for k in own if k not in state and not k.endswith("num_batches_tracked")]:

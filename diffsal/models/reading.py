@@ -6,7 +6,6 @@ import hashlib
 import pickle
 import re
 import zipfile
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -15,12 +14,10 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError, one_line, some_of
 
 State: TypeAlias = dict[str, Tensor]
 
-FORMAT_VERSION = 1
 # Entries of a training checkpoint under which the model is found, and parts of names there of what
 # has no part in its prediction.
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
@@ -34,18 +31,6 @@ _PROGRAMS = {  # an archive is told by how the name of one of its members ends
 }
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """The parts of a file; all but the state are there in diffsal's own checkpoints alone."""
-
-    state: State
-    architecture: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    classes: tuple[str, ...] | None = None
-    preprocessing: Preprocessing | None = None
-    target_layer: str | None = None
-
-
 class _Object:
     """Stands for whatever a pickle would have made that is no tensor and of no plain type."""
 
@@ -55,7 +40,18 @@ class _Object:
 
 
 def read_weights(path: Path) -> tuple[Any, str]:
-    """What a file holds, its objects replaced by `_Object`, and the SHA-256 of its bytes."""
+    """What a file holds, its objects replaced by `_Object`, and the SHA-256 of its bytes.
+
+    Raises:
+        DiffsalError: the file cannot be read, or holds something else than weights.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.save({"fc.weight": torch.ones(1, 2), "epoch": 3}, Path(folder, "weights.pt"))
+        ...     read_weights(Path(folder, "weights.pt"))[0]
+        {'fc.weight': tensor([[1., 1.]]), 'epoch': 3}
+    """
     try:
         with path.open("rb") as file:
             start = file.read(256)
@@ -121,40 +117,26 @@ def _read_around_objects(file: IO[bytes], error: Exception) -> Any:
         ) from error
 
 
-def contents_of(loaded: Any) -> _Contents:
-    """The parts of what a file holds."""
-    match loaded:
-        case {"format": "diffsal", "format_version": int(version)} if version > FORMAT_VERSION:
-            raise DiffsalError(f"was written by a later diffsal (format {version}): upgrade")
-        case {
-            "format": "diffsal",
-            "architecture": {"name": str(name), "arguments": dict(arguments)},
-            "classes": None | list() as classes,
-            "preprocessing": None | dict() as preprocessing,
-            "target_layer": None | str() as target_layer,
-            "state_dict": dict(state),
-        }:
-            return _Contents(
-                state=_tensors(state),
-                architecture=name,
-                arguments=arguments,
-                classes=None if classes is None else tuple(map(str, classes)),
-                preprocessing=Preprocessing.from_dict(preprocessing) if preprocessing else None,
-                target_layer=target_layer,
-            )
-        case {"format": "diffsal"}:
-            raise DiffsalError("is no whole diffsal checkpoint: write it with save_checkpoint")
-    return _Contents(_state_dict(loaded))
+def state_dict_in(loaded: Any) -> State:
+    """The weights in a plain state_dict, or in the one entry of a checkpoint that holds some.
 
+    Args:
+        loaded: what :func:`read_weights` read.
 
-def _state_dict(loaded: Any) -> State:
-    """The weights in a plain state_dict, or in the one entry of a checkpoint that holds some."""
+    Raises:
+        DiffsalError: there are no weights, or those of several models.
+
+    Example:
+        >>> state = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.zeros(2)}
+        >>> list(state_dict_in({"epoch": 3, "model": state, "model_ema": state}))
+        ['fc.weight', 'fc.bias']
+    """
     pickled = f"is a pickled whole model: {_SAVE_WEIGHTS.format('model.state_dict()')}"
     if isinstance(loaded, _Object):
         raise DiffsalError(pickled)
     if not isinstance(loaded, dict):
         raise DiffsalError(f"holds a {type(loaded).__name__}, not a state_dict: save one")
-    entries = {str(name): _tensors(value) for name, value in loaded.items()}
+    entries = {str(name): tensors_in(value) for name, value in loaded.items()}
     entries = {name: state for name, state in entries.items() if _has_layers(state)}
     entries = {name: state for name, state in entries.items() if not COPIES.search(name)} or entries
     for name in _CONTAINERS:
@@ -165,7 +147,7 @@ def _state_dict(loaded: Any) -> State:
             f"holds several models ({some_of(entries)}): save one of them, "
             f"torch.save(torch.load(PATH)[{min(entries)!r}], 'weights.pt')"
         )
-    for state in (*entries.values(), _tensors(loaded)):
+    for state in (*entries.values(), tensors_in(loaded)):
         if _has_layers(state):
             return state
     if any(isinstance(value, _Object) for value in loaded.values()):
@@ -177,7 +159,13 @@ def _has_layers(state: State) -> bool:
     return any(value.ndim > 1 for value in state.values())
 
 
-def _tensors(value: Any) -> State:
+def tensors_in(value: Any) -> State:
+    """The tensors under names in a dict, without their graphs; none in anything else.
+
+    Example:
+        >>> tensors_in({"weight": torch.ones(2), "epoch": 3})
+        {'weight': tensor([1., 1.])}
+    """
     if not isinstance(value, dict):
         return {}
     return {

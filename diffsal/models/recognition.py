@@ -88,7 +88,15 @@ _HEADS = ("classifier.", "fc.", "head.", "heads.", *AUXILIARY_HEADS)
 
 
 def recognize(state: State) -> str:
-    """The torchvision classification model with a backbone of this many keys, nearest in size."""
+    """The torchvision classification model with a backbone of this many keys, nearest in size.
+
+    Raises:
+        DiffsalError: none has these names and so many of them.
+
+    Example:
+        >>> recognize(torchvision_models.squeezenet1_1(num_classes=2).state_dict())
+        'squeezenet1_1'
+    """
     for stem, family in ARCHITECTURES.items():
         for prefix in name_prefixes(state, stem):
             keys, elements = _backbone_size(behind(state, prefix))
@@ -111,7 +119,14 @@ def _backbone_size(state: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def constructor_arguments(architecture: str, state: State) -> dict[str, Any]:
-    """The constructor's arguments as far as a plain state tells them before the model is built."""
+    """The constructor's arguments as far as a plain state tells them before the model is built.
+
+    Example:
+        >>> positions, patches = nn.Embedding(50, 8).weight[None], nn.Conv2d(3, 8, 32).weight
+        >>> state = {"encoder.pos_embedding": positions, "conv_proj.weight": patches}
+        >>> constructor_arguments("torchvision:vit_b_32", state)  # 7 x 7 patches, one token
+        {'image_size': 224}
+    """
     source, _, name = architecture.partition(":")
     if source == "timm":
         head = timm_with(name).models.get_pretrained_cfg_value(name, "classifier")
@@ -119,16 +134,13 @@ def constructor_arguments(architecture: str, state: State) -> dict[str, Any]:
         weight = _ending(state, f"{head}.weight")
         return {} if weight is None else {"num_classes": len(weight)}
     if source != "torchvision":
-        weights = [
-            value for key, value in state.items() if key.endswith("weight") and value.ndim > 1
-        ]
+        weights = [v for k, v in state.items() if k.endswith("weight") and v.ndim > 1]
         takes = weights and _takes_num_classes(find_factory(architecture))
         return {"num_classes": len(weights[-1])} if takes else {}
     if name in INCEPTIONS:
         return {"transform_input": True}  # as with the published weights; undecided says so
-    positions, patches = (
-        _ending(state, key) for key in ("encoder.pos_embedding", "conv_proj.weight")
-    )
+    positions = _ending(state, "encoder.pos_embedding")
+    patches = _ending(state, "conv_proj.weight")
     if name.startswith("vit_") and positions is not None and patches is not None:
         side = math.isqrt(positions.shape[1] - 1)  # one position is the class token's
         return {"image_size": side * patches.shape[-1]}
@@ -137,12 +149,11 @@ def constructor_arguments(architecture: str, state: State) -> dict[str, Any]:
 
 def _takes_num_classes(factory: Callable[..., Any]) -> bool:
     try:
-        parameters = inspect.signature(factory).parameters.values()
+        parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):  # built in C
         return False
-    return any(
-        parameter.name == "num_classes" or parameter.kind is parameter.VAR_KEYWORD
-        for parameter in parameters
+    return "num_classes" in parameters or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
     )
 
 
@@ -166,7 +177,13 @@ def undecided(model: nn.Module) -> list[str]:
 
 
 def usual_preprocessing(model: nn.Module) -> Preprocessing | None:
-    """What an architecture demands, or was published with; None if nothing else than usual."""
+    """What an architecture demands, or was published with; None if nothing else than usual.
+
+    Example:
+        >>> usual_preprocessing(torchvision_models.VisionTransformer(64, 32, 1, 1, 8, 8)).size
+        (64, 64)
+        >>> usual_preprocessing(nn.Linear(4, 2))
+    """
     if isinstance(model, torchvision_models.VisionTransformer):
         return Preprocessing(size=(model.image_size, model.image_size))
     if isinstance(model, torchvision_models.Inception3):
@@ -177,8 +194,8 @@ def usual_preprocessing(model: nn.Module) -> Preprocessing | None:
     return None
 
 
-def assumed_notes(preprocessing: Preprocessing) -> str:
-    """A line on preprocessing that the file does not tell."""
+def preprocessing_note(preprocessing: Preprocessing) -> str:
+    """What to note where a file does not tell the preprocessing, and this one is assumed."""
     height, width = preprocessing.size
     mean, std = (" ".join(map(str, v)) for v in (preprocessing.mean, preprocessing.std))
     return (

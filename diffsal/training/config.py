@@ -75,6 +75,14 @@ class TrainingConfig:
 
     Raises:
         DiffsalError: a value that cannot be used; names the key.
+
+    Example:
+        >>> TrainingConfig(method="baseline", alpha=0.1).criterion()
+        BaselineSalienceLoss(cross_entropy=0.1, true=0.5)
+        >>> TrainingConfig(epochs=0)
+        Traceback (most recent call last):
+        ...
+        diffsal.errors.DiffsalError: training: epochs must be from 1 to 2.14748e+09, not 0
     """
 
     method: str = "contrast"
@@ -126,6 +134,12 @@ class TrainingConfig:
 
         Raises:
             DiffsalError: an unknown key, or a value that cannot be used.
+
+        Example:
+            >>> TrainingConfig.from_dict({"epoch": 3})
+            Traceback (most recent call last):
+            ...
+            diffsal.errors.DiffsalError: training: the key 'epoch' is unknown; near: epochs
         """
         known = [field.name for field in fields(cls)]
         for name in values:
@@ -189,6 +203,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         DiffsalError: it cannot be read.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "training.toml").write_text("method = 'contrast'")
+        ...     read_toml(Path(folder, "training.toml"))
+        {'method': 'contrast'}
     """
     try:
         content: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))

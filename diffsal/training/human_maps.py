@@ -15,7 +15,26 @@ Pool: TypeAlias = Literal["area", "max"]
 
 
 def targets_for(human_maps: Tensor | None, like: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """Targets in [0, 1], shaped ``like`` the maps, 0 where there is none; and which (B,) are."""
+    """Targets in [0, 1], shaped ``like`` the maps, 0 where there is none; and which (B,) are.
+
+    Args:
+        human_maps: (B, H, W) or (B, 1, H, W), or with a depth, see
+            :mod:`diffsal.training.losses`; ``None``: there are none.
+        like: (B, h, w) or (B, d, h, w), the model's maps.
+        pool: how they come to the size of the model's: ``area`` or ``max``.
+
+    Raises:
+        DiffsalError: human maps of another batch size, number of axes or device.
+
+    Example:
+        >>> human_maps = torch.zeros(2, 4, 4)
+        >>> human_maps[0, :, :3] = 1
+        >>> human_maps[1] = torch.nan
+        >>> targets_for(human_maps, torch.zeros(2, 1, 2), "area")
+        (tensor([[[1., 0.]],
+        <BLANKLINE>
+                [[0., 0.]]]), tensor([ True, False]))
+    """
     if human_maps is None:
         return torch.zeros_like(like), like.new_zeros(len(like), dtype=torch.bool)
     human = _check_human(human_maps, like)
@@ -52,6 +71,15 @@ def _check_human(human_maps: Tensor, like: Tensor) -> Tensor:
 
 
 def check_pool(pool: Pool) -> Pool:
+    """Give back the name of a way to pool.
+
+    Raises:
+        DiffsalError: an unknown one.
+
+    Example:
+        >>> check_pool("max")
+        'max'
+    """
     """The pool, if there is such a one."""
     if pool not in _POOLS:
         raise DiffsalError(f"pool {pool!r} is unknown: pass one of {', '.join(_POOLS)}")

@@ -23,7 +23,9 @@ from tqdm import tqdm
 from diffsal.data.datasets import ImageDataset, Item
 from diffsal.errors import DiffsalError
 from diffsal.maps.contrast import class_count, predicted_class
-from diffsal.maps.salience import capture, evaluation_mode, output_logits
+from diffsal.maps.modes import evaluation_mode
+from diffsal.maps.outputs import logits_of_run, output_logits
+from diffsal.maps.salience import capture
 from diffsal.maps.target_layers import TargetLayer, find_target_layer
 from diffsal.training.config import Select, TrainingConfig
 from diffsal.training.losses import SalienceLoss
@@ -42,6 +44,11 @@ class TrainingState:
         scheduler: of its learning rate, once an epoch.
         scaler: of the loss; idle but for fp16.
         history: the records of the epochs that are done.
+
+    Example:
+        >>> state = TrainingState(nn.Linear(2, 2), TrainingConfig(lr=0.1))
+        >>> state.scheduler.get_last_lr(), state.history
+        ([0.1], [])
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
@@ -113,12 +120,29 @@ def fit(
     Raises:
         DiffsalError: a loss that is not finite (names epoch and step); batches that are too small
             for the processes; see :class:`diffsal.maps.salience.capture` and :func:`auroc`.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from diffsal.data.index import Sample
+        >>> from diffsal.data.preprocessing import Preprocessing
+        >>> def grey(sample, preprocessing):  # in the place of a file
+        ...     return np.full((8, 8, 3), 255 * sample.label, np.uint8), None
+        >>> samples = [Sample(Path(f"{number}.png"), number % 2) for number in range(8)]
+        >>> dataset = ImageDataset(samples, Preprocessing(size=(8, 8)), read=grey)
+        >>> _ = torch.manual_seed(0)
+        >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        >>> config = TrainingConfig(method="cross-entropy", epochs=5, lr=0.1)
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), *head)
+        >>> history = list(fit(model, config.criterion(), dataset, dataset, config))
+        >>> [record["epoch"] for record in history], history[-1]["auroc"]
+        ([1, 2, 3, 4, 5], 1.0)
+        >>> history[-1]["loss"] < history[0]["loss"]
+        True
     """
     rank, world = _process()
-    device, amp_type = _device(model), _AMP_TYPES[config.amp]
+    device = _device(model)
     layout = _memory_format(device, config)
-    model.to(memory_format=layout)
-    network = model if world == 1 else DistributedDataParallel(model, _device_ids(device))
+    network = _distributed(model.to(memory_format=layout))
     layer = target_layer or find_target_layer(model)
     state = state or TrainingState(model, config)
     sampler = EpochSampler(len(training), config.batch_size, config.seed, rank, world)
@@ -129,14 +153,12 @@ def fit(
         started = time.perf_counter()
         torch.manual_seed(_derived_seed(config.seed, epoch, 1 + rank))
         sampler.epoch = epoch
-        model.train()
-        if config.freeze_batchnorm:
-            _freeze_batchnorm(model)
+        _training_mode(model, config)
         steps: list[dict[str, Tensor]] = []
         bar = _bar(batches, f"epoch {epoch}/{config.epochs}", progress)
         with capture(network, layer) as captured:
             for share, (images, labels, human_maps, _) in zip(sampler.shares, bar, strict=True):
-                with torch.autocast(device.type, amp_type, enabled=amp_type is not None):
+                with _autocast(device, config):
                     images = images.to(device, non_blocking=True, memory_format=layout)
                     logits = output_logits(network(images))
                 maps = captured.maps(logits, true=labels)
@@ -169,6 +191,13 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         epoch: set it before each pass.
         sizes: of the batches, over all processes.
         shares: the part of each batch that falls to this process.
+
+    Example:
+        >>> sampler = EpochSampler(samples=7, batch_size=4, seed=0)
+        >>> sampler.sizes, sampler.shares
+        ([4, 3], [1.0, 1.0])
+        >>> sorted(position for batch in sampler for position, seed in batch)
+        [0, 1, 2, 3, 4, 5, 6]
     """
 
     def __init__(
@@ -229,6 +258,10 @@ def auroc(logits: Tensor, labels: Sequence[int]) -> float:
 
     Raises:
         DiffsalError: a class without a label.
+
+    Example:
+        >>> auroc(torch.tensor([[0.0, 1.0], [2.0, 2.0], [0.0, -3.0]]), [1, 0, 0])
+        1.0
     """
     if len(set(labels)) < class_count(logits):
         raise DiffsalError("AUROC is undefined: no sample of one of the classes; add some")
@@ -240,7 +273,13 @@ def auroc(logits: Tensor, labels: Sequence[int]) -> float:
 
 
 def is_best(history: Sequence[Record], select: Select) -> bool:
-    """Whether the model of the last of these records is the one to select so far."""
+    """Whether the model of the last of these records is the one to select so far.
+
+    Example:
+        >>> history = [{"auroc": 0.8}, {"auroc": 0.9}, {"auroc": 0.9}]
+        >>> [is_best(history[:epoch], "best-auroc") for epoch in (1, 2, 3)]
+        [True, True, False]
+    """
     if select == "last":
         return True
     *earlier, last = (record[select.removeprefix("best-")] for record in history)
@@ -248,15 +287,15 @@ def is_best(history: Sequence[Record], select: Select) -> bool:
 
 
 def _predict(model: nn.Module, batches: Iterable[Any], config: TrainingConfig) -> Tensor:
-    device, amp_type = _device(model), _AMP_TYPES[config.amp]
+    device = _device(model)
     if _process()[1] > 1:
         for buffer in model.buffers():  # batch-norm statistics are each process's own
             dist.broadcast(buffer, 0)
     parts = []
     with evaluation_mode(model), torch.no_grad():
         for images, _, _, positions in batches:
-            with torch.autocast(device.type, amp_type, enabled=amp_type is not None):
-                logits = output_logits(model(images.to(device, non_blocking=True)))
+            with _autocast(device, config):
+                logits = logits_of_run(model, images.to(device, non_blocking=True)).logits
             parts.append((positions, logits.float().view(len(images), -1)))
     parts = _gathered([(positions, logits.cpu()) for positions, logits in parts])
     positions, logits = map(torch.cat, zip(*parts, strict=True))
@@ -331,9 +370,14 @@ def _memory_format(device: torch.device, config: TrainingConfig) -> torch.memory
     return torch.channels_last if is_fast else torch.preserve_format
 
 
-def _freeze_batchnorm(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
+def _autocast(device: torch.device, config: TrainingConfig) -> torch.autocast:
+    amp_type = _AMP_TYPES[config.amp]
+    return torch.autocast(device.type, amp_type, enabled=amp_type is not None)
+
+
+def _training_mode(model: nn.Module, config: TrainingConfig) -> None:
+    for module in model.train().modules():
+        if config.freeze_batchnorm and isinstance(module, _BatchNorm):
             module.eval()
 
 
@@ -352,8 +396,11 @@ def _gathered(parts: list[Any]) -> list[Any]:
     return [part for one in lists for part in one]
 
 
-def _device_ids(device: torch.device) -> list[torch.device] | None:
-    return [device] if device.type == "cuda" else None
+def _distributed(model: nn.Module) -> nn.Module:
+    """The model as one of the processes trains it, where there are several."""
+    device = _device(model)
+    ids = [device] if device.type == "cuda" else None
+    return model if _process()[1] == 1 else DistributedDataParallel(model, ids)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -25,7 +25,7 @@ shards of a batch on several processes average to the joint batch's loss and gra
 computed in float32 (float64 for float64 maps), under autocast too, and without waiting for the
 device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +37,16 @@ from diffsal.training.human_maps import Pool, check_pool, targets_for
 
 
 def cross_entropy_loss(maps: SalienceMaps, human_maps: Tensor | None) -> Tensor:
-    """CE alone; the functional form of :class:`CrossEntropyLoss`."""
-    return _weighted_sum(_cross_entropy_terms(maps), [1.0])
+    """CE alone; the functional form of :class:`CrossEntropyLoss`.
+
+    Example:
+        >>> seen = torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])
+        >>> z, y = torch.zeros(1, 2), torch.tensor([1])
+        >>> maps = SalienceMaps(seen, -seen, z, z[:, 1], z[:, 0], y, 1 - y, "label")
+        >>> cross_entropy_loss(maps, None)  # log 2
+        tensor(0.6931)
+    """
+    return CrossEntropyLoss().forward(maps, human_maps)
 
 
 def baseline_salience_loss(
@@ -48,8 +56,16 @@ def baseline_salience_loss(
     beta: float = 0.5,
     pool: Pool = "area",
 ) -> Tensor:
-    """α·CE + β·MSE(h, norm t), Eq. 2; the functional form of :class:`BaselineSalienceLoss`."""
-    return _weighted_sum(_baseline_terms(maps, human_maps, pool), [alpha, beta])
+    """α·CE + β·MSE(h, norm t), Eq. 2; the functional form of :class:`BaselineSalienceLoss`.
+
+    Example:
+        >>> seen = torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])
+        >>> z, y = torch.zeros(1, 2), torch.tensor([1])
+        >>> maps = SalienceMaps(seen, -seen, z, z[:, 1], z[:, 0], y, 1 - y, "label")
+        >>> baseline_salience_loss(maps, seen)  # the human saw the same: log 2 / 2
+        tensor(0.3466)
+    """
+    return BaselineSalienceLoss(alpha, beta, pool).forward(maps, human_maps)
 
 
 def difference_salience_loss(
@@ -59,8 +75,16 @@ def difference_salience_loss(
     beta: float = 0.5,
     pool: Pool = "area",
 ) -> Tensor:
-    """α·CE + β·MSE(h, norm(t - f)), Eq. 3; as :class:`DifferenceSalienceLoss`."""
-    return _weighted_sum(_difference_terms(maps, human_maps, pool), [alpha, beta])
+    """α·CE + β·MSE(h, norm(t - f)), Eq. 3; as :class:`DifferenceSalienceLoss`.
+
+    Example:
+        >>> seen = torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])
+        >>> z, y = torch.zeros(1, 2), torch.tensor([1])
+        >>> maps = SalienceMaps(seen, -seen, z, z[:, 1], z[:, 0], y, 1 - y, "label")
+        >>> difference_salience_loss(maps, seen.flip(2))  # two of four cells are wrong
+        tensor(0.5966)
+    """
+    return DifferenceSalienceLoss(alpha, beta, pool).forward(maps, human_maps)
 
 
 def per_class_salience_loss(
@@ -71,8 +95,16 @@ def per_class_salience_loss(
     gamma: float = 0.3,
     pool: Pool = "area",
 ) -> Tensor:
-    """α·CE + β·MSE(h, norm t) + γ·MSE(1 - h, norm f), Eq. 4; as :class:`PerClassSalienceLoss`."""
-    return _weighted_sum(_per_class_terms(maps, human_maps, pool), [alpha, beta, gamma])
+    """α·CE + β·MSE(h, norm t) + γ·MSE(1 - h, norm f), Eq. 4; as :class:`PerClassSalienceLoss`.
+
+    Example:
+        >>> seen = torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])
+        >>> z, y = torch.zeros(1, 2), torch.tensor([1])
+        >>> maps = SalienceMaps(seen, -seen, z, z[:, 1], z[:, 0], y, 1 - y, "label")
+        >>> per_class_salience_loss(maps, seen)  # both maps are as wanted: 0.3 log 2
+        tensor(0.2079)
+    """
+    return PerClassSalienceLoss(alpha, beta, gamma, pool).forward(maps, human_maps)
 
 
 def contrast_salience_loss(
@@ -87,9 +119,15 @@ def contrast_salience_loss(
     """α·CE + β·MSE(h, norm t) + γ·MSE(1 - norm t, norm f), Eq. 5.
 
     The functional form of :class:`ContrastSalienceLoss`.
+
+    Example:
+        >>> seen = torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])
+        >>> z, y = torch.zeros(1, 2), torch.tensor([1])
+        >>> maps = SalienceMaps(seen, seen, z, z[:, 1], z[:, 0], y, 1 - y, "label")
+        >>> contrast_salience_loss(maps, None)  # the false map is the true one, not its complement
+        tensor(0.5079)
     """
-    terms = _contrast_terms(maps, human_maps, pool, detach_target)
-    return _weighted_sum(terms, [alpha, beta, gamma])
+    return ContrastSalienceLoss(alpha, beta, gamma, pool, detach_target).forward(maps, human_maps)
 
 
 class SalienceLoss(nn.Module):
@@ -97,6 +135,14 @@ class SalienceLoss(nn.Module):
 
     Attributes:
         weights: the weight of each term, by its name.
+
+    Example:
+        >>> class SparseLoss(SalienceLoss):
+        ...     def terms(self, maps, human_maps):
+        ...         size = maps.difference.abs().mean()
+        ...         return {"cross_entropy": cross_entropy(maps), "size": size}
+        >>> SparseLoss(cross_entropy=1.0, size=0.1)
+        SparseLoss(cross_entropy=1.0, size=0.1)
     """
 
     def __init__(self, **weights: float) -> None:
@@ -122,7 +168,7 @@ class SalienceLoss(nn.Module):
 
     def weighted_sum(self, terms: Mapping[str, Tensor]) -> Tensor:
         """The loss from its terms, for those who log them: no term is computed twice."""
-        return _weighted_sum(terms, [self.weights[name] for name in terms])
+        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
     def extra_repr(self) -> str:
         """The weights, by term."""
@@ -139,7 +185,7 @@ class CrossEntropyLoss(SalienceLoss):
     Shape:
         maps of (B, h, w) with logits (B, K); human maps are ignored; the result is a scalar.
 
-    Example::
+    Example:
 
         >>> from diffsal.maps.salience import capture
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -156,7 +202,7 @@ class CrossEntropyLoss(SalienceLoss):
 
     def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
         """``cross_entropy``."""
-        return _cross_entropy_terms(maps)
+        return {"cross_entropy": cross_entropy(maps)}
 
 
 class BaselineSalienceLoss(SalienceLoss):
@@ -174,7 +220,7 @@ class BaselineSalienceLoss(SalienceLoss):
         beta: weight of the true map's term.
         pool: how human maps are brought to the maps' size, ``area`` or ``max``.
 
-    Example::
+    Example:
 
         >>> from diffsal.maps.salience import capture
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -195,7 +241,11 @@ class BaselineSalienceLoss(SalienceLoss):
 
     def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
         """``cross_entropy`` and ``true``."""
-        return _baseline_terms(maps, human_maps, self.pool)
+        human, present = targets_for(human_maps, maps.true, self.pool)
+        return {
+            "cross_entropy": cross_entropy(maps),
+            "true": masked_mse(human, normalize(maps.true), present),
+        }
 
 
 class DifferenceSalienceLoss(SalienceLoss):
@@ -213,7 +263,7 @@ class DifferenceSalienceLoss(SalienceLoss):
         beta: weight of the difference map's term.
         pool: how human maps are brought to the maps' size, ``area`` or ``max``.
 
-    Example::
+    Example:
 
         >>> from diffsal.maps.salience import capture
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -231,7 +281,11 @@ class DifferenceSalienceLoss(SalienceLoss):
 
     def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
         """``cross_entropy`` and ``difference``."""
-        return _difference_terms(maps, human_maps, self.pool)
+        human, present = targets_for(human_maps, maps.true, self.pool)
+        return {
+            "cross_entropy": cross_entropy(maps),
+            "difference": masked_mse(human, normalize(maps.difference), present),
+        }
 
 
 class PerClassSalienceLoss(SalienceLoss):
@@ -250,7 +304,7 @@ class PerClassSalienceLoss(SalienceLoss):
         gamma: weight of the false map's term.
         pool: how human maps are brought to the maps' size, ``area`` or ``max``.
 
-    Example::
+    Example:
 
         >>> from diffsal.maps.salience import capture
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -270,7 +324,12 @@ class PerClassSalienceLoss(SalienceLoss):
 
     def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
         """``cross_entropy``, ``true`` and ``false``."""
-        return _per_class_terms(maps, human_maps, self.pool)
+        human, present = targets_for(human_maps, maps.true, self.pool)
+        return {
+            "cross_entropy": cross_entropy(maps),
+            "true": masked_mse(human, normalize(maps.true), present),
+            "false": masked_mse(1 - human, normalize(maps.false), present),
+        }
 
 
 class ContrastSalienceLoss(SalienceLoss):
@@ -293,7 +352,7 @@ class ContrastSalienceLoss(SalienceLoss):
         detach_target: whether ``1 - norm t`` is a target only, which the last term does not move.
             The paper does not say; its equation, read literally, moves both.
 
-    Example::
+    Example:
 
         >>> from diffsal.maps.salience import capture
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -321,7 +380,14 @@ class ContrastSalienceLoss(SalienceLoss):
 
     def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
         """``cross_entropy``, ``true`` and ``contrast``."""
-        return _contrast_terms(maps, human_maps, self.pool, self.detach_target)
+        human, present = targets_for(human_maps, maps.true, self.pool)
+        true = normalize(maps.true)
+        target = 1 - (true.detach() if self.detach_target else true)
+        return {
+            "cross_entropy": cross_entropy(maps),
+            "true": masked_mse(human, true, present),
+            "contrast": masked_mse(target, normalize(maps.false)),
+        }
 
 
 LOSSES: dict[str, type[SalienceLoss]] = {
@@ -333,58 +399,19 @@ LOSSES: dict[str, type[SalienceLoss]] = {
 }
 
 
-def _cross_entropy_terms(maps: SalienceMaps) -> dict[str, Tensor]:
-    return {"cross_entropy": _cross_entropy(maps)}
+def cross_entropy(maps: SalienceMaps) -> Tensor:
+    """The mean over the batch of ``-log p(y)``, in float32 at least; the term of every loss.
 
+    Raises:
+        DiffsalError: maps whose true class is not a label.
 
-def _baseline_terms(maps: SalienceMaps, human_maps: Tensor | None, pool: Pool) -> dict[str, Tensor]:
-    human, present = targets_for(human_maps, maps.true, pool)
-    return {
-        "cross_entropy": _cross_entropy(maps),
-        "true": _mse(human, normalize(maps.true), present),
-    }
-
-
-def _difference_terms(
-    maps: SalienceMaps, human_maps: Tensor | None, pool: Pool
-) -> dict[str, Tensor]:
-    human, present = targets_for(human_maps, maps.true, pool)
-    return {
-        "cross_entropy": _cross_entropy(maps),
-        "difference": _mse(human, normalize(maps.difference), present),
-    }
-
-
-def _per_class_terms(
-    maps: SalienceMaps, human_maps: Tensor | None, pool: Pool
-) -> dict[str, Tensor]:
-    human, present = targets_for(human_maps, maps.true, pool)
-    return {
-        "cross_entropy": _cross_entropy(maps),
-        "true": _mse(human, normalize(maps.true), present),
-        "false": _mse(1 - human, normalize(maps.false), present),
-    }
-
-
-def _contrast_terms(
-    maps: SalienceMaps, human_maps: Tensor | None, pool: Pool, detach_target: bool
-) -> dict[str, Tensor]:
-    human, present = targets_for(human_maps, maps.true, pool)
-    true = normalize(maps.true)
-    target = 1 - (true.detach() if detach_target else true)
-    return {
-        "cross_entropy": _cross_entropy(maps),
-        "true": _mse(human, true, present),
-        "contrast": _mse(target, normalize(maps.false)),
-    }
-
-
-def _weighted_sum(terms: Mapping[str, Tensor], weights: Sequence[float]) -> Tensor:
-    pairs = zip(terms.values(), weights, strict=True)
-    return torch.stack([weight * term for term, weight in pairs]).sum()
-
-
-def _cross_entropy(maps: SalienceMaps) -> Tensor:
+    Example:
+        >>> seen = torch.tensor([[[0.0, 2.0], [0.0, 0.0]]])
+        >>> z, y = torch.zeros(1, 2), torch.tensor([1])
+        >>> maps = SalienceMaps(seen, -seen, z, z[:, 1], z[:, 0], y, 1 - y, "label")
+        >>> cross_entropy(maps)
+        tensor(0.6931)
+    """
     if maps.true_from != "label":
         raise DiffsalError(
             f"the maps' true class is the {maps.true_from}'s, not the label: a loss needs labels, "
@@ -396,7 +423,18 @@ def _cross_entropy(maps: SalienceMaps) -> Tensor:
     return F.cross_entropy(logits, maps.true_class)
 
 
-def _mse(target: Tensor, maps: Tensor, present: Tensor | None = None) -> Tensor:
-    """The mean over the batch of each present sample's mean over cells; an absent one counts 0."""
+def masked_mse(target: Tensor, maps: Tensor, present: Tensor | None = None) -> Tensor:
+    """The mean over the batch of each present sample's mean over cells; an absent one counts 0.
+
+    Args:
+        target: (B, h, w).
+        maps: (B, h, w).
+        present: (B,) bool; ``None``: all are.
+
+    Example:
+        >>> target, maps = torch.zeros(2, 7, 7), torch.ones(2, 7, 7)
+        >>> masked_mse(target, maps), masked_mse(target, maps, torch.tensor([True, False]))
+        (tensor(1.), tensor(0.5000))
+    """
     per_sample = F.mse_loss(maps, target, reduction="none").flatten(1).mean(1)
     return (per_sample if present is None else per_sample.where(present, 0)).mean()

@@ -76,26 +76,15 @@ def train(
     for split in ("train", "val"):
         check_split(index, split, config.method)
     with _process_group(device) as is_first:
-        checkpoint = _read_run(out / LAST, resume, _identity(index, config))
-        if checkpoint is None:
-            model, description = new_model(index, config)
-        else:
-            model, description = _saved_model(out / LAST, config)
-        state = TrainingState(model.to(device), config)
-        if checkpoint is not None:
-            state.load_state_dict(checkpoint["training"])
+        identity = _identity(index, config)
+        model, description, state = _begin(out / LAST, index, config, identity, resume, device)
         training = training_set(index, config, description["preprocessing"], read)
         unseen = [replace(sample, map=None) for sample in index.split("val")]
         validation = ImageDataset(unseen, training.preprocessing, read=read)
         _check_outputs(model, validation, index, config)
+        layer, criterion = get_target_layer(model, description["target_layer"]), config.criterion()
         records = fit(
-            model,
-            config.criterion(),
-            training,
-            validation,
-            config,
-            target_layer=get_target_layer(model, description["target_layer"]),
-            state=state,
+            model, criterion, training, validation, config, target_layer=layer, state=state
         )
         with _log(out, config, state.history) if is_first else nullcontext() as log:
             for record in records:
@@ -105,10 +94,7 @@ def train(
                     save_checkpoint(out / BEST, model, **description, config=config.to_dict())
                 log(record)
                 # With this file the epoch counts; resuming without it writes the others again.
-                run: dict[str, Any] = {
-                    "run": _identity(index, config),
-                    "training": state.state_dict(),
-                }
+                run: dict[str, Any] = {"run": identity, "training": state.state_dict()}
                 save_checkpoint(out / LAST, model, **description, **run)
     return out / BEST
 
@@ -182,6 +168,26 @@ def check_split(index: Index, split: Split, method: str) -> None:
         )
 
 
+def _begin(
+    path: Path,
+    index: Index,
+    config: TrainingConfig,
+    identity: Mapping[str, Any],
+    resume: bool,
+    device: torch.device,
+) -> tuple[nn.Module, dict[str, Any], TrainingState]:
+    """A new model with its description and state, or those of the run whose checkpoint is there."""
+    checkpoint = _read_run(path, resume, identity)
+    if checkpoint is None:
+        model, description = new_model(index, config)
+    else:
+        model, description = _saved_model(path, config)
+    state = TrainingState(model.to(device), config)
+    if checkpoint is not None:
+        state.load_state_dict(checkpoint["training"])
+    return model, description, state
+
+
 @contextmanager
 def _process_group(device: torch.device) -> Iterator[bool]:
     """Join the processes that torchrun started, if it did; yields whether this is the first."""
@@ -246,13 +252,8 @@ def _copy_weights(source: nn.Module, model: nn.Module) -> None:
 def _identity(index: Index, config: TrainingConfig) -> dict[str, Any]:
     """What must be the same for a run to go on."""
     samples = [
-        (
-            index.relative(sample.path),
-            sample.label,
-            sample.split,
-            sample.map and index.relative(sample.map),
-        )
-        for sample in index.samples
+        (index.relative(one.path), one.label, one.split, one.map and index.relative(one.map))
+        for one in index.samples
     ]
     return {
         **{name: value for name, value in config.to_dict().items() if name not in _FREE},

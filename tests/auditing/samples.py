@@ -1,4 +1,4 @@
-"""Digits to audit, and networks that were never trained."""
+"""Digits to audit, networks that were never trained, and how audits of them are read."""
 
 import csv
 
@@ -8,17 +8,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-from diffsal.auditing.measure import Settings
+from diffsal.auditing.run import audit
+from diffsal.auditing.settings import Settings
+from diffsal.data.index import read_index
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.models.architectures import build_model
 from diffsal.models.checkpoints import LoadedModel, load_model, save_checkpoint
 
 NAMES = ("3", "8", "5")
-
-
 PREPROCESSING = Preprocessing(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-
-
 SCRIPT = "<script>alert(1)<&script>.png"
 
 
@@ -71,3 +69,30 @@ def model_file(path, outputs=2, seed=0):
 
 def loaded_model(folder, **options) -> LoadedModel:
     return load_model(model_file(folder / "weights.pt", **options))
+
+
+def read_rows(path):
+    """Columns of a CSV: numbers with NaN for empty cells, and strings."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    texts = ("path", "label", "predicted")
+    return {
+        name: values if name in texts else np.array([float(v or "nan") for v in values])
+        for name, values in columns.items()
+    }
+
+
+def audit_of(folder, loaded, per_class=(4, 4), **options):
+    source = write_index(folder / "data", per_class, maps=False)
+    index = read_index(source, classes=NAMES[: len(per_class)])
+    result = audit(index, loaded, folder / "audit", settings(subset=1, **options))
+    page = (folder / "audit" / "report.html").read_text("utf-8")
+    assert "nan" not in page.lower().replace("finance", "").split()
+    assert "NaN" not in (folder / "audit" / "audit.json").read_text("utf-8")
+    return result
+
+
+def say(result, identity):
+    (finding,) = (one for one in result["findings"] if one["id"] == identity)
+    return finding["says"]

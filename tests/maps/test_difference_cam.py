@@ -227,7 +227,7 @@ def test_reshape_transform_of_grad_cam_and_our_own_agree():
     x = torch.randn(2, 3, 32, 32)
     layer = model.encoder.layers[-1].ln_1
     theirs = lambda output: vit_reshape_transform(output, height=4, width=4)  # noqa: E731
-    with DifferenceCAM(model, [layer], theirs) as given, DifferenceCAM(model) as found:
+    with DifferenceCAM(model) as found, DifferenceCAM(model, [layer], theirs) as given:
         assert found.target_layers == [layer]
         np.testing.assert_array_equal(given(x), found(x))
         assert given(x).std() > 0

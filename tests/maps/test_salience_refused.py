@@ -177,8 +177,11 @@ def test_layers_and_weightings_that_do_not_exist(pooled_net: Make, refused: Refu
 def test_outputs_and_scores_that_cannot_be_explained(pooled_net: Make, refused: Refused) -> None:
     net, x = pooled_net(), images()
     with capture(net) as captured:
-        with refused("is a tuple, not a tensor of logits"):
-            captured.maps((net(x),))
+        with refused("returns a tuple with 2 tensors that could be its logits"):
+            captured.maps((net(x), net.fc.weight))
+        net(x)
+        with refused("is a int, not a tensor of logits"):
+            captured.maps(3)
         with refused("no gradient flows"):
             captured.maps(net(x).detach())
         with refused("no gradient flows"):

@@ -3,81 +3,20 @@
 import copy
 import re
 import sys
-from functools import cache
 
 import pytest
 import torch
-from torchvision import models as torchvision_models
 from torchvision.models import WeightsEnum
 
 from diffsal.errors import DiffsalError
 from diffsal.models.architectures import build_model
 from diffsal.models.checkpoints import load_model, save_checkpoint
-from diffsal.models.fitting import last_layer, without_initialization
+from diffsal.models.fitting import last_layer
 
 SMALL = "shufflenet_v2_x0_5"
 
 
-@cache
-def hollow(name, **arguments):
-    """A model whose parameters have shapes, but no memory and no values."""
-    if name in ("googlenet", "inception_v3"):
-        arguments = {"init_weights": True, **arguments}
-    with without_initialization():
-        return torchvision_models.get_model(name, weights=None, **arguments)
-
-
-def zeros(name, **arguments):
-    """A state of a model's names and shapes, all zero, that takes no memory and no disk."""
-    state = hollow(name, **arguments).state_dict()
-    return {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in state.items()}
-
-
-@pytest.fixture
-def network(classifier):
-    """Makes a torchvision classifier in which every weight and statistic is random."""
-    return lambda name, **arguments: classifier(name, torch.float32, **arguments)
-
-
-@pytest.fixture
-def save(tmp_path):
-    """Saves to a file and gives its path."""
-
-    def save(content, name="weights.pt", **options):
-        torch.save(content, tmp_path / name, **options)
-        return tmp_path / name
-
-    return save
-
-
-@pytest.fixture
-def rejects(refused):
-    """Loading fails with one line that names the file and matches a pattern."""
-
-    def rejects(path, pattern, **options):
-        with refused(f"^{re.escape(str(path))}: .*{pattern}"):
-            load_model(path, **options)
-
-    return rejects
-
-
-def same_outputs(model, other, size=64):
-    images = torch.randn(1, 3, size, size, dtype=next(model.parameters()).dtype)
-    with torch.no_grad():
-        expected, actual = model.eval()(images), other(images)
-    return expected.shape == actual.shape and torch.equal(expected, actual)
-
-
-@pytest.fixture
-def small(network):
-    return network(SMALL, num_classes=2)
-
-
-def prefixed(state, prefix):
-    return {prefix + key: value for key, value in state.items()}
-
-
-def test_arch_of_torchvision(small, save, rejects):
+def test_arch_of_torchvision(small, save, rejects, same_outputs):
     path = save(small.state_dict())
     loaded = load_model(path, arch=SMALL)
     assert loaded.architecture == f"torchvision:{SMALL}"
@@ -91,45 +30,9 @@ def test_arch_of_torchvision(small, save, rejects):
     rejects(path, r"missing: stem\.0\.weight, .* \(\d+ in all\); unexpected", arch="regnet_x_400mf")
 
 
-FACTORIES = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, num_classes=7, width=4):
-        super().__init__()
-        self.backbone = nn.Conv2d(3, width, 3)
-        self.fc = nn.Linear(width, num_classes)
-
-    def forward(self, x):
-        return self.fc(self.backbone(x).mean((2, 3)))
-
-def binary():
-    return Net(2)
-
-def state():
-    return Net().state_dict()
-
-def broken():
-    raise ZeroDivisionError("of the factory")
-
-number = 3
-"""
-
-
-@pytest.fixture
-def factories(tmp_path, monkeypatch):
-    """A module of factories in the working directory, which is not on the path."""
-    (tmp_path / "own_factories.py").write_text(FACTORIES)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    yield "own_factories"
-    sys.modules.pop("own_factories", None)
-
-
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize(("factory", "arguments"), [("Net", {"num_classes": 2}), ("binary", {})])
-def test_factory(factory, arguments, prefix, factories, save):
+def test_factory(factory, arguments, prefix, factories, save, same_outputs, prefixed):
     model = build_model(f"{factories}:Net", {"num_classes": 2})
     loaded = load_model(save(prefixed(model.state_dict(), prefix)), arch=f"{factories}:{factory}")
     assert same_outputs(model, loaded.model)
@@ -148,11 +51,11 @@ def test_factory(factory, arguments, prefix, factories, save):
         ("own_factories:Net", r"do not fit own_factories:Net \(missing: backbone.weight"),
     ],
 )
-def test_wrong_factories(arch, pattern, factories, save, rejects):
+def test_wrong_factories(arch, pattern, factories, save, rejects, zeros):
     rejects(save(zeros(SMALL)), pattern, arch=arch)
 
 
-def test_timm(save, rejects, monkeypatch):
+def test_timm(save, rejects, monkeypatch, same_outputs, prefixed):
     timm = pytest.importorskip("timm")
     for name, head in (("test_resnet", "fc"), ("test_vit", "head")):
         model = timm.create_model(name, num_classes=2)
@@ -168,7 +71,7 @@ def test_timm(save, rejects, monkeypatch):
     rejects(path, r"pip install 'diffsal\[timm\]'", arch="timm:test_vit")
 
 
-def test_timm_models_that_compute_buffers_from_parameters(tmp_path):
+def test_timm_models_that_compute_buffers_from_parameters(tmp_path, same_outputs):
     pytest.importorskip("timm")
     arch, path = "timm:swin_tiny_patch4_window7_224", tmp_path / "weights.pt"
     shape = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2)}

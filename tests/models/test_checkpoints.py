@@ -1,94 +1,17 @@
 """From a file to a model, and back."""
 
 import hashlib
-import re
 import sys
-from functools import cache
 
 import pytest
 import torch
 from torch import nn
-from torchvision import models as torchvision_models
 
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.models.architectures import build_model
 from diffsal.models.checkpoints import load_model, save_checkpoint
-from diffsal.models.fitting import last_layer, without_initialization
-from diffsal.models.recognition import recognize
 
-NAMES = torchvision_models.list_models(module=torchvision_models)
 SMALL = "shufflenet_v2_x0_5"
-
-
-@cache
-def hollow(name, **arguments):
-    """A model whose parameters have shapes, but no memory and no values."""
-    if name in ("googlenet", "inception_v3"):
-        arguments = {"init_weights": True, **arguments}
-    with without_initialization():
-        return torchvision_models.get_model(name, weights=None, **arguments)
-
-
-def zeros(name, **arguments):
-    """A state of a model's names and shapes, all zero, that takes no memory and no disk."""
-    state = hollow(name, **arguments).state_dict()
-    return {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in state.items()}
-
-
-@pytest.fixture
-def network(classifier):
-    """Makes a torchvision classifier in which every weight and statistic is random."""
-    return lambda name, **arguments: classifier(name, torch.float32, **arguments)
-
-
-@pytest.fixture
-def save(tmp_path):
-    """Saves to a file and gives its path."""
-
-    def save(content, name="weights.pt", **options):
-        torch.save(content, tmp_path / name, **options)
-        return tmp_path / name
-
-    return save
-
-
-@pytest.fixture
-def rejects(refused):
-    """Loading fails with one line that names the file and matches a pattern."""
-
-    def rejects(path, pattern, **options):
-        with refused(f"^{re.escape(str(path))}: .*{pattern}"):
-            load_model(path, **options)
-
-    return rejects
-
-
-def same_outputs(model, other, size=64):
-    images = torch.randn(1, 3, size, size, dtype=next(model.parameters()).dtype)
-    with torch.no_grad():
-        expected, actual = model.eval()(images), other(images)
-    return expected.shape == actual.shape and torch.equal(expected, actual)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_torchvision_classifier_is_recognized(name, save):
-    state = zeros(name)
-    last = last_layer(hollow(name))
-    head = [key for key in state if key.startswith(f"{last}.")]
-
-    def with_outputs(count):
-        return state | {key: state[key][:1].expand(count, *state[key].shape[1:]) for key in head}
-
-    for outputs in (1, 2, 1000):
-        assert recognize(dict(sorted(with_outputs(outputs).items()))) == name
-    outputs = (1, 2, 1000)[NAMES.index(name) % 3]
-    loaded = load_model(save(with_outputs(outputs)))
-    assert loaded.architecture == f"torchvision:{name}"
-    assert loaded.arguments["num_classes"] == outputs
-    assert not loaded.model.training
-    assert not any(value.is_meta for value in loaded.model.state_dict().values())
-    modules = dict(loaded.model.named_modules())
-    assert modules[loaded.target_layer.name] is loaded.target_layer.module
 
 
 @pytest.mark.parametrize(
@@ -106,7 +29,7 @@ def test_every_torchvision_classifier_is_recognized(name, save):
         ("vit_b_32", 64),
     ],
 )
-def test_loaded_model_computes_what_the_saved_one_did(name, size, network, save):
+def test_loaded_model_computes_what_the_saved_one_did(name, size, network, save, same_outputs):
     sized = {"image_size": size} if name.startswith("vit") else {}
     model = network(name, num_classes=2, **sized)
     loaded = load_model(save(model.state_dict()))
@@ -115,30 +38,7 @@ def test_loaded_model_computes_what_the_saved_one_did(name, size, network, save)
     assert all(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("name", "note"),
-    [("resnet18", None), ("resnet50", "no dilation"), ("googlenet", "transform_input=True")],
-)
-def test_what_a_state_cannot_tell_is_noted(name, note, save):
-    loaded = load_model(save(zeros(name)))
-    *undecided, preprocessing, classes = loaded.notes
-    assert [note in text for text in undecided] == ([True] if note else [])
-    assert "224 x 224 pixels, mean 0.485 0.456 0.406, std" in preprocessing
-    assert "--classes" in classes
-    assert loaded.classes is None
-    assert loaded.preprocessing is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtype_is_the_files(dtype, network, save):
-    model = network(SMALL, num_classes=2).to(dtype)
-    loaded = load_model(save(model.state_dict()))
-    dtypes = {value.dtype for value in loaded.model.state_dict().values()}
-    assert dtypes == {dtype, torch.int64}
-    assert same_outputs(model, loaded.model)
-
-
-def test_loading_touches_neither_random_numbers_nor_other_modules(save, rejects):
+def test_loading_touches_neither_random_numbers_nor_other_modules(save, rejects, zeros):
     before = torch.get_rng_state()
     path = save(zeros(SMALL))
     load_model(path)
@@ -148,6 +48,8 @@ def test_loading_touches_neither_random_numbers_nor_other_modules(save, rejects)
 
 
 DENSENET = {"growth_rate": 16, "block_config": (4, 4), "num_init_features": 32, "num_classes": 2}
+
+
 SQUASHED = Preprocessing(size=(64, 64), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
@@ -164,7 +66,7 @@ def checkpoint(tmp_path):
     return checkpoint
 
 
-def test_own_checkpoint_tells_all(checkpoint):
+def test_own_checkpoint_tells_all(checkpoint, same_outputs):
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1).state_dict()
     path, model = checkpoint(
         preprocessing=SQUASHED, target_layer="features.norm5", optimizer=optimizer, epoch=3
@@ -203,7 +105,7 @@ def test_target_layer_is_the_callers_choice(checkpoint, rejects):
     )
 
 
-def test_transform_input_is_recorded(network, tmp_path):
+def test_transform_input_is_recorded(network, tmp_path, same_outputs):
     for transform_input in (False, True):
         model = network(
             "googlenet", num_classes=2, aux_logits=False, transform_input=transform_input
@@ -249,43 +151,7 @@ def test_spoilt_checkpoints(change, pattern, checkpoint, save, rejects):
     rejects(save(torch.load(path, weights_only=True) | change), pattern)
 
 
-FACTORIES = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, num_classes=7, width=4):
-        super().__init__()
-        self.backbone = nn.Conv2d(3, width, 3)
-        self.fc = nn.Linear(width, num_classes)
-
-    def forward(self, x):
-        return self.fc(self.backbone(x).mean((2, 3)))
-
-def binary():
-    return Net(2)
-
-def state():
-    return Net().state_dict()
-
-def broken():
-    raise ZeroDivisionError("of the factory")
-
-number = 3
-"""
-
-
-@pytest.fixture
-def factories(tmp_path, monkeypatch):
-    """A module of factories in the working directory, which is not on the path."""
-    (tmp_path / "own_factories.py").write_text(FACTORIES)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    yield "own_factories"
-    sys.modules.pop("own_factories", None)
-
-
-def test_factory_of_a_checkpoint_needs_the_users_word(factories, tmp_path, rejects):
+def test_factory_of_a_checkpoint_needs_the_users_word(factories, tmp_path, rejects, same_outputs):
     path, arch = tmp_path / "weights.pt", f"{factories}:Net"
     arguments = {"num_classes": 3, "width": 9}
     model = build_model(arch, arguments)

@@ -2,74 +2,21 @@
 
 import re
 from collections import OrderedDict
-from functools import cache
 
 import pytest
 import torch
 from torch import nn
-from torchvision import models as torchvision_models
 
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.models.architectures import build_model
 from diffsal.models.checkpoints import load_model, save_checkpoint
-from diffsal.models.fitting import without_initialization
 
 SMALL = "shufflenet_v2_x0_5"
 
 
-@cache
-def hollow(name, **arguments):
-    """A model whose parameters have shapes, but no memory and no values."""
-    if name in ("googlenet", "inception_v3"):
-        arguments = {"init_weights": True, **arguments}
-    with without_initialization():
-        return torchvision_models.get_model(name, weights=None, **arguments)
-
-
-def zeros(name, **arguments):
-    """A state of a model's names and shapes, all zero, that takes no memory and no disk."""
-    state = hollow(name, **arguments).state_dict()
-    return {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in state.items()}
-
-
-@pytest.fixture
-def network(classifier):
-    """Makes a torchvision classifier in which every weight and statistic is random."""
-    return lambda name, **arguments: classifier(name, torch.float32, **arguments)
-
-
-@pytest.fixture
-def save(tmp_path):
-    """Saves to a file and gives its path."""
-
-    def save(content, name="weights.pt", **options):
-        torch.save(content, tmp_path / name, **options)
-        return tmp_path / name
-
-    return save
-
-
-@pytest.fixture
-def rejects(refused):
-    """Loading fails with one line that names the file and matches a pattern."""
-
-    def rejects(path, pattern, **options):
-        with refused(f"^{re.escape(str(path))}: .*{pattern}"):
-            load_model(path, **options)
-
-    return rejects
-
-
-def same_outputs(model, other, size=64):
-    images = torch.randn(1, 3, size, size, dtype=next(model.parameters()).dtype)
-    with torch.no_grad():
-        expected, actual = model.eval()(images), other(images)
-    return expected.shape == actual.shape and torch.equal(expected, actual)
-
-
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 @pytest.mark.parametrize("auxiliary", ["absent", "present", "of another width"])
-def test_auxiliary_heads(name, auxiliary, network, save):
+def test_auxiliary_heads(name, auxiliary, network, save, same_outputs, zeros):
     model = network(name, num_classes=2, aux_logits=auxiliary != "absent", transform_input=True)
     state = model.state_dict()
     if auxiliary == "of another width":
@@ -83,17 +30,7 @@ def test_auxiliary_heads(name, auxiliary, network, save):
     assert same_outputs(model, loaded.model, 96)
 
 
-@pytest.mark.parametrize(
-    ("name", "image_size"), [("vit_b_16", 112), ("vit_b_16", 384), ("vit_b_32", 448)]
-)
-def test_image_size_of_a_vision_transformer(name, image_size, save):
-    loaded = load_model(save(zeros(name, image_size=image_size)))
-    assert loaded.architecture == f"torchvision:{name}"
-    assert loaded.arguments == {"image_size": image_size, "num_classes": 1000}
-    assert loaded.preprocessing == Preprocessing(size=(image_size, image_size))
-
-
-def test_old_names_of_densenet(network, save):
+def test_old_names_of_densenet(network, save, same_outputs):
     model = network("densenet121", num_classes=2)
     state = {
         re.sub(r"(denselayer\d+\.(norm|conv))", r"\1.", key): value
@@ -104,13 +41,22 @@ def test_old_names_of_densenet(network, save):
     assert same_outputs(model, load_model(save(state)).model)
 
 
-def test_old_names_of_vit(save):
+def test_old_names_of_vit(save, zeros):
     state = {
         key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): value
         for key, value in zeros("vit_b_16").items()
     }
     assert "encoder.layers.encoder_layer_0.mlp.linear_2.bias" in state
     assert load_model(save(state)).architecture == "torchvision:vit_b_16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_is_the_files(dtype, network, save, same_outputs):
+    model = network(SMALL, num_classes=2).to(dtype)
+    loaded = load_model(save(model.state_dict()))
+    dtypes = {value.dtype for value in loaded.model.state_dict().values()}
+    assert dtypes == {dtype, torch.int64}
+    assert same_outputs(model, loaded.model)
 
 
 DROPOUT = nn.Dropout(0.5)
@@ -133,7 +79,7 @@ DROPOUT = nn.Dropout(0.5)
         ("convnext_tiny", "classifier", nn.Sequential(nn.Flatten(), nn.Linear(768, 3))),
     ],
 )
-def test_wrapped_and_replaced_heads(name, attribute, head, network, save):
+def test_wrapped_and_replaced_heads(name, attribute, head, network, save, same_outputs):
     model = network(name)
     model.set_submodule(attribute, head)
     loaded = load_model(save(model.state_dict()))
@@ -150,6 +96,8 @@ SMALL_VIT = {
     "hidden_dim": 16,
     "mlp_dim": 32,
 }
+
+
 SMALL_SWIN = {
     "patch_size": [4, 4],
     "embed_dim": 8,
@@ -157,6 +105,8 @@ SMALL_SWIN = {
     "num_heads": [2, 2],
     "window_size": [4, 4],
 }
+
+
 SMALL_MAXVIT = {
     "input_size": (64, 64),
     "stem_channels": 8,
@@ -184,7 +134,7 @@ SMALL_MAXVIT = {
         ),
     ],
 )
-def test_wrapped_heads_in_own_checkpoints(name, arguments, attribute, head, tmp_path):
+def test_wrapped_heads_in_own_checkpoints(name, arguments, attribute, head, tmp_path, same_outputs):
     model = build_model(f"torchvision:{name}", arguments)
     model.set_submodule(attribute, head)
     path = tmp_path / "weights.pt"
@@ -215,56 +165,26 @@ def test_no_head(network, save, rejects):
     rejects(save(model.state_dict()), r"no classification head \(fc\.weight\): pass --arch")
 
 
-@pytest.fixture
-def small(network):
-    return network(SMALL, num_classes=2)
-
-
-def prefixed(state, prefix):
-    return {prefix + key: value for key, value in state.items()}
-
-
 @pytest.mark.parametrize(
     "prefix",
     ["module.", "model.", "_orig_mod.", "net.", "backbone.", "model.module.", "model._orig_mod."],
 )
 @pytest.mark.parametrize("arch", [None, SMALL])
-def test_prefixes(prefix, arch, small, save):
+def test_prefixes(prefix, arch, small, save, same_outputs, prefixed):
     loaded = load_model(save(prefixed(small.state_dict(), prefix)), arch=arch)
     assert loaded.architecture == f"torchvision:{SMALL}"
     assert same_outputs(small, loaded.model)
 
 
-def test_layers_beside_the_network_are_not_ignored(small, save, rejects):
+def test_layers_beside_the_network_are_not_ignored(small, save, rejects, prefixed):
     state = {**prefixed(small.state_dict(), "backbone."), "head.weight": torch.ones(2, 2)}
     rejects(save(state), r"layers that it does not have \(head\.weight\): pass --arch")
 
 
-def test_several_models_are_not_chosen_from(small, save, rejects):
-    checkpoint = {"teacher": small.state_dict(), "student": small.state_dict()}
-    rejects(save(checkpoint), r"several models \(teacher, student\): save one of them")
-
-
-def test_counts_that_were_made_float16(small, save):
+def test_counts_that_were_made_float16(small, save, same_outputs):
     loaded = load_model(save({k: v.half() for k, v in small.state_dict().items()})).model
     assert same_outputs(small.half(), loaded)
     assert {v.dtype for v in loaded.state_dict().values()} == {torch.float16, torch.int64}
-
-
-DENSENET = {"growth_rate": 16, "block_config": (4, 4), "num_init_features": 32, "num_classes": 2}
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """Saves a small DenseNet as a checkpoint and gives the path and the model."""
-
-    def checkpoint(architecture="torchvision:DenseNet", **options):
-        model = build_model("torchvision:DenseNet", DENSENET)
-        options = {"arguments": DENSENET, "classes": ("three", "eight"), **options}
-        save_checkpoint(tmp_path / "ours.pt", model, architecture=architecture, **options)
-        return tmp_path / "ours.pt", model
-
-    return checkpoint
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -2,9 +2,7 @@
 
 import argparse
 import pickle
-import re
 import sys
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,79 +10,21 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from torchvision import models as torchvision_models
 
 from diffsal.errors import DiffsalError
-from diffsal.models.architectures import build_model
-from diffsal.models.checkpoints import load_model, save_checkpoint
-from diffsal.models.fitting import without_initialization
+from diffsal.models.checkpoints import load_model
 
 SMALL = "shufflenet_v2_x0_5"
+
+
 WHOLE = "is damaged, or no file of PyTorch weights"
+
+
 CONVERT = r"torch\.save\(model\.state_dict\(\), 'weights\.pt'\)"
 
 
-@cache
-def hollow(name, **arguments):
-    """A model whose parameters have shapes, but no memory and no values."""
-    if name in ("googlenet", "inception_v3"):
-        arguments = {"init_weights": True, **arguments}
-    with without_initialization():
-        return torchvision_models.get_model(name, weights=None, **arguments)
-
-
-def zeros(name, **arguments):
-    """A state of a model's names and shapes, all zero, that takes no memory and no disk."""
-    state = hollow(name, **arguments).state_dict()
-    return {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in state.items()}
-
-
-@pytest.fixture
-def network(classifier):
-    """Makes a torchvision classifier in which every weight and statistic is random."""
-    return lambda name, **arguments: classifier(name, torch.float32, **arguments)
-
-
-@pytest.fixture
-def save(tmp_path):
-    """Saves to a file and gives its path."""
-
-    def save(content, name="weights.pt", **options):
-        torch.save(content, tmp_path / name, **options)
-        return tmp_path / name
-
-    return save
-
-
-@pytest.fixture
-def rejects(refused):
-    """Loading fails with one line that names the file and matches a pattern."""
-
-    def rejects(path, pattern, **options):
-        with refused(f"^{re.escape(str(path))}: .*{pattern}"):
-            load_model(path, **options)
-
-    return rejects
-
-
-def same_outputs(model, other, size=64):
-    images = torch.randn(1, 3, size, size, dtype=next(model.parameters()).dtype)
-    with torch.no_grad():
-        expected, actual = model.eval()(images), other(images)
-    return expected.shape == actual.shape and torch.equal(expected, actual)
-
-
-@pytest.fixture
-def small(network):
-    return network(SMALL, num_classes=2)
-
-
-def prefixed(state, prefix):
-    return {prefix + key: value for key, value in state.items()}
-
-
 @pytest.mark.parametrize("name", ["state_dict", "model", "model_state_dict", "net", "resnet"])
-def test_containers(name, small, save):
+def test_containers(name, small, save, same_outputs, zeros, prefixed):
     optimizer = torch.optim.Adam(small.parameters())
     small(torch.randn(1, 3, 64, 64)).sum().backward()
     optimizer.step()
@@ -97,11 +37,11 @@ def test_containers(name, small, save):
     assert same_outputs(small, load_model(save(checkpoint)).model)
 
 
-def test_only_an_average_is_taken(small, save):
+def test_only_an_average_is_taken(small, save, same_outputs):
     assert same_outputs(small, load_model(save({"state_dict_ema": small.state_dict()})).model)
 
 
-def test_lightning_checkpoint(small, save):
+def test_lightning_checkpoint(small, save, same_outputs, zeros, prefixed):
     state = {
         **prefixed(zeros(SMALL), "ema_model.module."),
         **prefixed(small.state_dict(), "model."),
@@ -119,12 +59,17 @@ def test_lightning_checkpoint(small, save):
     assert loaded.notes[0].startswith("passed over what stands beside the model: ema_model.module.")
 
 
+def test_several_models_are_not_chosen_from(small, save, rejects):
+    checkpoint = {"teacher": small.state_dict(), "student": small.state_dict()}
+    rejects(save(checkpoint), r"several models \(teacher, student\): save one of them")
+
+
 class Settings:
     def __init__(self):
         self.rate = 0.1
 
 
-def test_objects_beside_the_weights_are_passed_over(small, save):
+def test_objects_beside_the_weights_are_passed_over(small, save, same_outputs):
     checkpoint = {
         "model": small.state_dict(),
         "args": argparse.Namespace(lr=0.1, path=Path("runs")),
@@ -135,7 +80,7 @@ def test_objects_beside_the_weights_are_passed_over(small, save):
     assert same_outputs(small, load_model(save(checkpoint)).model)
 
 
-def test_safetensors(network, tmp_path, rejects, monkeypatch):
+def test_safetensors(network, tmp_path, rejects, monkeypatch, same_outputs):
     model = network("mnasnet0_5", num_classes=2)  # torchvision loads no mnasnet without metadata
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(model.state_dict(), path)
@@ -144,22 +89,6 @@ def test_safetensors(network, tmp_path, rejects, monkeypatch):
     rejects(path, WHOLE)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     rejects(path, r"pip install 'diffsal\[safetensors\]'")
-
-
-DENSENET = {"growth_rate": 16, "block_config": (4, 4), "num_init_features": 32, "num_classes": 2}
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """Saves a small DenseNet as a checkpoint and gives the path and the model."""
-
-    def checkpoint(architecture="torchvision:DenseNet", **options):
-        model = build_model("torchvision:DenseNet", DENSENET)
-        options = {"arguments": DENSENET, "classes": ("three", "eight"), **options}
-        save_checkpoint(tmp_path / "ours.pt", model, architecture=architecture, **options)
-        return tmp_path / "ours.pt", model
-
-    return checkpoint
 
 
 class Payload:

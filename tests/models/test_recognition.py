@@ -1,25 +1,17 @@
 """From parameters to the architecture that they are of."""
 
-from functools import cache
-
+import pytest
 from torchvision import models as torchvision_models
 
-from diffsal.models.fitting import without_initialization
-from diffsal.models.recognition import ARCHITECTURES, _backbone_size
+from diffsal.data.preprocessing import Preprocessing
+from diffsal.models.checkpoints import load_model
+from diffsal.models.fitting import last_layer
+from diffsal.models.recognition import ARCHITECTURES, _backbone_size, recognize
 
 NAMES = torchvision_models.list_models(module=torchvision_models)
 
 
-@cache
-def hollow(name, **arguments):
-    """A model whose parameters have shapes, but no memory and no values."""
-    if name in ("googlenet", "inception_v3"):
-        arguments = {"init_weights": True, **arguments}
-    with without_initialization():
-        return torchvision_models.get_model(name, weights=None, **arguments)
-
-
-def test_table_is_torchvisions():
+def test_table_is_torchvisions(hollow):
     table = {}
     for name in NAMES:
         state = hollow(name).state_dict()
@@ -27,3 +19,48 @@ def test_table_is_torchvisions():
     assert table == ARCHITECTURES
     sizes = {(stem, *size) for stem, family in table.items() for size in family.values()}
     assert len(sizes) == len(NAMES) == 80
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_torchvision_classifier_is_recognized(name, save, zeros, hollow):
+    state = zeros(name)
+    last = last_layer(hollow(name))
+    head = [key for key in state if key.startswith(f"{last}.")]
+
+    def with_outputs(count):
+        return state | {key: state[key][:1].expand(count, *state[key].shape[1:]) for key in head}
+
+    for outputs in (1, 2, 1000):
+        assert recognize(dict(sorted(with_outputs(outputs).items()))) == name
+    outputs = (1, 2, 1000)[NAMES.index(name) % 3]
+    loaded = load_model(save(with_outputs(outputs)))
+    assert loaded.architecture == f"torchvision:{name}"
+    assert loaded.arguments["num_classes"] == outputs
+    assert not loaded.model.training
+    assert not any(value.is_meta for value in loaded.model.state_dict().values())
+    modules = dict(loaded.model.named_modules())
+    assert modules[loaded.target_layer.name] is loaded.target_layer.module
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size"), [("vit_b_16", 112), ("vit_b_16", 384), ("vit_b_32", 448)]
+)
+def test_image_size_of_a_vision_transformer(name, image_size, save, zeros):
+    loaded = load_model(save(zeros(name, image_size=image_size)))
+    assert loaded.architecture == f"torchvision:{name}"
+    assert loaded.arguments == {"image_size": image_size, "num_classes": 1000}
+    assert loaded.preprocessing == Preprocessing(size=(image_size, image_size))
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [("resnet18", None), ("resnet50", "no dilation"), ("googlenet", "transform_input=True")],
+)
+def test_what_a_state_cannot_tell_is_noted(name, note, save, zeros):
+    loaded = load_model(save(zeros(name)))
+    *undecided, preprocessing, classes = loaded.notes
+    assert [note in text for text in undecided] == ([True] if note else [])
+    assert "224 x 224 pixels, mean 0.485 0.456 0.406, std" in preprocessing
+    assert "--classes" in classes
+    assert loaded.classes is None
+    assert loaded.preprocessing is None

@@ -1,47 +1,18 @@
 """How training is configured, and what is refused."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from training.samples import TINY, write_config
 
 from diffsal.training.config import TrainingConfig
 from diffsal.training.losses import ContrastSalienceLoss
 
 Refused = Callable[[str], AbstractContextManager[None]]
-TINY = TrainingConfig(
-    architecture="torchvision:DenseNet",
-    arguments={"growth_rate": 4, "block_config": [1, 1], "num_init_features": 8, "drop_rate": 0.2},
-    weights="none",
-    size=32,
-    augment=("horizontal-flip",),
-    epochs=4,
-    batch_size=7,
-    lr=0.05,
-    schedule="cosine",
-    device="cpu",
-)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums are then in one order, in this process and in those that the tests start."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def write_config(path: Path, config: TrainingConfig) -> None:
-    given = {name: value for name, value in config.to_dict().items() if value is not None}
-    table = given.pop("arguments")
-    lines = [f"{name} = {json.dumps(value)}" for name, value in given.items()]
-    lines += ["[arguments]", *(f"{name} = {json.dumps(value)}" for name, value in table.items())]
-    path.write_text("\n".join(lines))
 
 
 def test_a_configuration_goes_through_toml_and_the_overrides_win(tmp_path: Path) -> None:

@@ -3,24 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import strategies as st
-from torch import Tensor
+from training.samples import norm, overlap_average
 
 from diffsal.training.human_maps import targets_for
-
-
-def norm(maps: Tensor) -> Tensor:
-    """min-max per sample, of maps known not to be constant"""
-    return torch.stack([(one - one.min()) / (one.max() - one.min()) for one in maps])
-
-
-def overlap_average(maps: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Area averaging in whole steps: cut every pixel into as many pieces as there are cells."""
-    for axis, new in enumerate(size, start=1):
-        old = maps.shape[axis]
-        pieces = np.moveaxis(np.repeat(maps, new, axis=axis), axis, -1)
-        maps = np.moveaxis(pieces.reshape(*pieces.shape[:-1], new, old).mean(-1), -1, axis)
-    return maps
 
 
 def touched_maximum(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -69,6 +54,3 @@ def test_a_constant_average_is_no_map() -> None:
     assert not targets_for(board * values, torch.zeros(3, 7, 7), "area")[1].any()
     even = torch.full((3, 200, 200), 0.1) * values  # 200/7 of a pixel: weights that round
     assert not targets_for(even, torch.zeros(3, 7, 7, dtype=torch.float64), "area")[1].any()
-
-
-rows = st.sampled_from(["random", "zero", "constant", "one cell", "tiny", "huge"])

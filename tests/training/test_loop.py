@@ -1,6 +1,6 @@
 """The loop: its gradients, samplers and records."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain
@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import nn
+from training.samples import TINY
 
 from diffsal.data.datasets import ImageDataset
-from diffsal.data.index import Index, read_index
+from diffsal.data.index import Index
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.models.architectures import build_model
 from diffsal.training.config import TrainingConfig
@@ -24,63 +24,6 @@ from diffsal.training.loop import EpochSampler, auroc, fit, is_best, predict
 from diffsal.training.losses import LOSSES, CrossEntropyLoss
 
 Refused = Callable[[str], AbstractContextManager[None]]
-TINY = TrainingConfig(
-    architecture="torchvision:DenseNet",
-    arguments={"growth_rate": 4, "block_config": [1, 1], "num_init_features": 8, "drop_rate": 0.2},
-    weights="none",
-    size=32,
-    augment=("horizontal-flip",),
-    epochs=4,
-    batch_size=7,
-    lr=0.05,
-    schedule="cosine",
-    device="cpu",
-)
-# No batch normalisation, whose statistics are of each process's share; no dropout, whose random
-# numbers are each process's own.
-PLAIN_NET = """
-from torch import nn
-
-def net():
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 5, stride=2), nn.Tanh(), nn.Conv2d(6, 8, 3, stride=2), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2),
-    )
-"""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums are then in one order, in this process and in those that the tests start."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 noisy images, bright at the top or at the bottom; every other one with a human map."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    lines = ["path,label,map"]
-    for number in range(48):
-        pixels = generator.integers(0, 160, (32, 32), np.uint8)
-        half = np.zeros((32, 32), np.uint8)
-        half[:16] = 255
-        label = "bottom" if number % 3 else "top"
-        bright = half[::-1] if number % 3 else half
-        Image.fromarray(pixels + bright // 4).save(folder / f"{number}.png")
-        Image.fromarray(bright).save(folder / f"map{number}.png")
-        lines.append(f"{number}.png,{label},{f'map{number}.png' if number % 2 else ''}")
-    (folder / "index.csv").write_text("\n".join(lines))
-    (folder / "plain.py").write_text(PLAIN_NET)
-    return folder
-
-
-@pytest.fixture
-def index(folder: Path) -> Index:
-    return read_index(folder / "index.csv")
 
 
 @pytest.mark.parametrize(("samples", "batch_size", "world"), [(23, 7, 1), (23, 7, 2), (8, 20, 3)])

@@ -3,11 +3,9 @@
 import doctest
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,51 +15,28 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.resnet import BasicBlock
-
-from diffsal import DiffsalError, SalienceMaps, capture
-from diffsal.training import losses
-from diffsal.training.losses import (
-    LOSSES,
-    ContrastSalienceLoss,
-    baseline_salience_loss,
-    contrast_salience_loss,
-    cross_entropy_loss,
-    difference_salience_loss,
-    per_class_salience_loss,
+from training.samples import (
+    FUNCTIONS,
+    LABELS,
+    TERMS,
+    assert_same_gradients,
+    gradients,
+    label_maps,
+    no_maps,
+    norm,
+    overlap_average,
+    take_maps,
+    tiny,
+    tiny_maps,
 )
 
-FUNCTIONS = {
-    "cross-entropy": cross_entropy_loss,
-    "baseline": baseline_salience_loss,
-    "difference": difference_salience_loss,
-    "per-class": per_class_salience_loss,
-    "contrast": contrast_salience_loss,
-}
-TERMS = {  # and the paper's weights
-    "cross-entropy": {"cross_entropy": 1.0},
-    "baseline": {"cross_entropy": 0.5, "true": 0.5},
-    "difference": {"cross_entropy": 0.5, "difference": 0.5},
-    "per-class": {"cross_entropy": 0.3, "true": 0.3, "false": 0.3},
-    "contrast": {"cross_entropy": 0.3, "true": 0.3, "contrast": 0.3},
-}
+from diffsal import DiffsalError, SalienceMaps
+from diffsal.training import losses
+from diffsal.training.losses import LOSSES, ContrastSalienceLoss, contrast_salience_loss
+
 WITH_MAPS = [name for name in LOSSES if name != "cross-entropy"]
-LABELS = torch.tensor([0, 1, 1, 0, 1])
 every_loss = pytest.mark.parametrize("name", LOSSES)
 every_loss_with_maps = pytest.mark.parametrize("name", WITH_MAPS)
-
-
-def norm(maps: Tensor) -> Tensor:
-    """min-max per sample, of maps known not to be constant"""
-    return torch.stack([(one - one.min()) / (one.max() - one.min()) for one in maps])
-
-
-def overlap_average(maps: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Area averaging in whole steps: cut every pixel into as many pieces as there are cells."""
-    for axis, new in enumerate(size, start=1):
-        old = maps.shape[axis]
-        pieces = np.moveaxis(np.repeat(maps, new, axis=axis), axis, -1)
-        maps = np.moveaxis(pieces.reshape(*pieces.shape[:-1], new, old).mean(-1), -1, axis)
-    return maps
 
 
 def equations(
@@ -118,38 +93,6 @@ def efficientnet(outputs: int) -> tuple[nn.Module, Callable[[Tensor], Tensor], n
     return model, model.features, model.classifier[-1]
 
 
-def tiny(outputs: int = 2, volumes: bool = False) -> nn.Sequential:
-    """A smooth network without batch norm, on (B, 1, 9, 9), or (B, 1, 6, 6, 6)."""
-    conv, pool = (nn.Conv3d, nn.AdaptiveAvgPool3d) if volumes else (nn.Conv2d, nn.AdaptiveAvgPool2d)
-    layers = conv(1, 3, 3, stride=2), nn.Softplus(), pool(1), nn.Flatten(), nn.Linear(3, outputs)
-    return nn.Sequential(*layers).double()
-
-
-def take_maps(model: nn.Module, images: Tensor, labels: Tensor = LABELS) -> SalienceMaps:
-    with capture(model) as captured:
-        return captured.maps(model(images), true=labels)
-
-
-def tiny_maps(outputs: int = 2) -> tuple[nn.Sequential, SalienceMaps]:
-    torch.manual_seed(0)
-    model = tiny(outputs)
-    return model, take_maps(model, torch.randn(5, 1, 9, 9, dtype=torch.float64))
-
-
-def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
-    return list(
-        torch.autograd.grad(
-            loss, list(model.parameters()), retain_graph=True, materialize_grads=True
-        )
-    )
-
-
-def assert_same_gradients(actual: list[Tensor], expected: list[Tensor]) -> None:
-    scale = max(gradient.abs().max() for gradient in expected)
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(scale))
-
-
 @pytest.mark.parametrize("network", [densenet, resnet, efficientnet])
 @pytest.mark.parametrize("outputs", [1, 2, 3])
 def test_losses_and_their_gradients_are_those_of_the_equations(
@@ -191,43 +134,6 @@ def test_volumes_follow_the_same_equations() -> None:
     assert LOSSES["baseline"](pool="max")(maps, human) != LOSSES["baseline"]()(maps, human)
 
 
-@every_loss
-@pytest.mark.parametrize("outputs", [1, 2, 3])
-def test_gradcheck_through_the_maps(name: str, outputs: int) -> None:
-    torch.manual_seed(1)
-    model = tiny(outputs)
-    images = torch.randn(5, 1, 9, 9, dtype=torch.float64)
-    human = torch.rand(5, 9, 9)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    criterion = LOSSES[name]()
-
-    def loss(*values: Tensor) -> Tensor:
-        with capture(model) as captured:
-            state = dict(zip(names, values, strict=True))
-            logits = torch.func.functional_call(model, state, (images,))
-            maps = captured.maps(logits, true=LABELS)
-        return criterion(maps, human)
-
-    assert torch.autograd.gradcheck(loss, parameters)
-
-
-@every_loss
-def test_functions_are_the_modules(name: str) -> None:
-    _, maps = tiny_maps()
-    human = torch.rand(5, 9, 9)
-    assert FUNCTIONS[name](maps, human) == LOSSES[name]()(maps, human)
-    if name == "cross-entropy":
-        return
-    weights = [0.1, 0.7, 2.0][: len(TERMS[name])]
-    criterion = LOSSES[name](*weights, pool="max")
-    expected = sum(
-        weight * term
-        for weight, term in zip(weights, criterion.terms(maps, human).values(), strict=True)
-    )
-    torch.testing.assert_close(criterion(maps, human), expected)
-    torch.testing.assert_close(FUNCTIONS[name](maps, human, *weights, pool="max"), expected)
-
-
 def test_one_logit_makes_the_human_terms_equal_and_the_contrast_zero() -> None:
     _, maps = tiny_maps(outputs=1)
     human = torch.rand(5, 9, 9)
@@ -247,22 +153,6 @@ def test_scale_type_and_channel_axis_of_human_maps_do_not_matter(name: str, pool
     grey = mask.to(torch.uint8) * 255
     for same in (grey, grey[:, None], mask.double() * 7e9 - 2e9, mask.half(), mask.long() - 3):
         torch.testing.assert_close(criterion(maps, same), expected, rtol=1e-9, atol=1e-9)
-
-
-def no_maps() -> dict[str, Tensor]:
-    """Human maps (1, 20, 20) that hold nothing, whichever way they are pooled."""
-    plain = torch.ones(1, 20, 20)
-    one_pixel = plain.clone()
-    one_pixel[0, 3, 5] = torch.nan
-    return {
-        "nan": plain * torch.nan,
-        "one nan": one_pixel,
-        "infinite": plain * torch.inf,
-        "zero": plain * 0,
-        "constant": plain * 0.3,
-        "constant 255": plain * 255,
-        "vast": plain * 3e38,
-    }
 
 
 @every_loss_with_maps
@@ -291,21 +181,6 @@ def test_samples_without_a_human_map_keep_their_other_terms(
         torch.testing.assert_close(value, expected[term])
     actual = gradients(criterion(maps, human), model)
     assert_same_gradients(actual, gradients(criterion.weighted_sum(expected), model))
-
-
-@every_loss_with_maps
-@pytest.mark.parametrize("empty", [None, *no_maps()])
-def test_a_batch_without_human_maps_is_finite(name: str, empty: str | None) -> None:
-    model, maps = tiny_maps()
-    criterion = LOSSES[name]()
-    human = None if empty is None else no_maps()[empty].expand(5, -1, -1)
-    terms = criterion.terms(maps, human)
-    assert terms.keys() == TERMS[name].keys()
-    for term in terms.keys() - {"cross_entropy", "contrast"}:
-        assert terms[term] == 0
-    needs_none = {key: terms[key] for key in terms if key in ("cross_entropy", "contrast")}
-    rest = criterion.weighted_sum(needs_none)
-    assert_same_gradients(gradients(criterion(maps, human), model), gradients(rest, model))
 
 
 @every_loss
@@ -373,12 +248,6 @@ def test_values_and_gradients_are_finite(
         assert gradient.isfinite().all()
 
 
-def label_maps(true: Tensor, false: Tensor, logits: Tensor) -> SalienceMaps:
-    classes = torch.arange(len(true), device=true.device) % 2
-    score = logits[:, 0]
-    return SalienceMaps(true, false, logits, score, score, classes, 1 - classes, "label")
-
-
 def test_detaching_the_target_leaves_the_false_map_alone_to_move() -> None:
     torch.manual_seed(0)
     true = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
@@ -401,66 +270,6 @@ def test_detaching_the_target_leaves_the_false_map_alone_to_move() -> None:
     torch.testing.assert_close(detached_false, for_false)
     function = contrast_salience_loss(maps, None, detach_target=True)
     assert torch.autograd.grad(function, true, allow_unused=True)[0].count_nonzero() == 0
-
-
-@every_loss
-def test_autocast_changes_the_network_and_not_the_loss(name: str) -> None:
-    torch.manual_seed(0)
-    model = tiny().float()
-    images, human = torch.randn(5, 1, 9, 9), torch.rand(5, 20, 20)
-    criterion = LOSSES[name]()
-    with torch.autocast("cpu", torch.bfloat16):
-        maps = take_maps(model, images)
-        assert maps.logits.dtype == torch.bfloat16
-        inside = criterion(maps, human)
-    outside = criterion(maps, human)
-    assert inside.dtype == torch.float32
-    assert inside == outside
-    full = criterion(take_maps(model, images), human)
-    torch.testing.assert_close(inside, full, rtol=0.05, atol=0.02)
-    assert all(gradient.isfinite().all() for gradient in gradients(inside, model))
-
-
-@every_loss
-def test_nothing_waits_for_the_device(name: str) -> None:
-    """On the meta device whatever needs a value on the host (item, boolean indexing) raises."""
-    true, false, logits = (
-        torch.empty(shape, device="meta") for shape in [(2, 7, 7)] * 2 + [(2, 2)]
-    )
-    for human in (None, torch.empty(2, 30, 20, device="meta")):
-        assert LOSSES[name]()(label_maps(true, false, logits), human).shape == ()
-
-
-@every_loss
-def test_smoke(name: str) -> None:
-    _, maps = tiny_maps()
-    criterion = LOSSES[name]()
-    assert criterion.weights == TERMS[name]
-    assert repr(criterion).startswith(f"{type(criterion).__name__}(cross_entropy=")
-    assert not list(criterion.parameters())
-    loss = criterion(maps, torch.rand(5, 9, 9))
-    assert loss.shape == ()
-    assert loss.dtype == torch.float64
-    assert list(criterion.terms(maps, None)) == list(TERMS[name])
-    with torch.no_grad():
-        validation = replace(
-            maps,
-            **{
-                field: value.detach()
-                for field, value in vars(maps).items()
-                if isinstance(value, Tensor)
-            },
-        )
-        assert not criterion(validation, None).requires_grad
-
-
-@every_loss
-def test_a_loss_on_the_models_own_predictions_is_refused(name: str) -> None:
-    model = tiny()
-    with capture(model) as captured:
-        maps = captured.maps(model(torch.randn(5, 1, 9, 9, dtype=torch.float64)))
-    with pytest.raises(DiffsalError, match=r"prediction's, not the label.*true=labels"):
-        LOSSES[name]()(maps, None)
 
 
 @every_loss_with_maps
@@ -493,7 +302,11 @@ def test_public_names_and_examples() -> None:
     public = {cls.__name__ for cls in LOSSES.values()} | {f.__name__ for f in FUNCTIONS.values()}
     own = {name for name, one in vars(losses).items() if one.__class__ in (type, FunctionType)}
     own = {name for name in own if getattr(losses, name).__module__ == losses.__name__}
-    assert {name for name in own if not name.startswith("_")} == public | {"SalienceLoss"}
+    assert {name for name in own if not name.startswith("_")} == public | {
+        "SalienceLoss",
+        "cross_entropy",
+        "masked_mse",
+    }
     for cls in LOSSES.values():
         assert all(part in (cls.__doc__ or "") for part in ("CE", "Term", "Shape:", ">>>"))
     results = doctest.testmod(losses)

@@ -1,0 +1,373 @@
+"""Models as people write them: the layer that all of the decision passes through, or a refusal.
+
+Each case says what is right by its own means: that the maps add up to the margin but for what the
+head adds whatever the image shows, and that they change where the image does.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffsal.errors import DiffsalError
+from diffsal.maps.difference_cam import DifferenceCAM
+from diffsal.maps.salience import capture, explain
+from diffsal.maps.target_layers import find_target_layer
+
+
+def backbone(channels: int = 3, width: int = 6) -> nn.Sequential:
+    """(B, channels, 32, 32) to (B, width, 8, 8)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, 2, 1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, width, 3, 2, 1),
+        nn.ReLU(),
+    )
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = backbone()
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x).mean((2, 3)))
+
+
+class ReverseRegistration(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 2)
+        self.last = nn.Conv2d(6, 6, 3, padding=1)
+        self.first = backbone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.last(self.first(x)).mean((2, 3)))
+
+
+class PoolsInTheContainer(nn.Module):
+    """As pytorchcv does: a pooling of fixed size, and a convolution behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(backbone(), nn.AvgPool2d(8))
+        self.output = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.features(x)).flatten(1)
+
+
+class LeavesTheGrid(nn.Module):
+    """(B, 2, 1, 1) logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = backbone()
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+class GeM(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=1e-6).pow(3).mean((2, 3)).pow(1 / 3)
+
+
+class GeMPooling(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = GeM()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.pool(self.features(x)))
+
+
+class AttentionPooling(Plain):
+    """The weights of the cells come from a 1×1 convolution, which runs last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Conv2d(6, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x)
+        weights = self.attention(features).flatten(2).softmax(2)
+        return self.fc((features.flatten(2) * weights).sum(2))
+
+
+class SqueezeExcitation(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.squeeze = nn.AdaptiveAvgPool2d(1)
+        self.gate = nn.Sequential(nn.Conv2d(width, width, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.squeeze(x))
+
+
+class GateBehindTheBackbone(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = SqueezeExcitation(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.gate(self.features(x)).mean((2, 3)))
+
+
+class TwoStreams(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.colour, self.edges = backbone(), backbone(3, 4)
+        self.fc = nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = self.colour(x), self.edges(x - F.avg_pool2d(x, 3, 1, 1))
+        return self.fc(torch.cat([one.mean((2, 3)) for one in streams], 1))
+
+
+class Ensemble(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = nn.ModuleList([Plain(), Plain(), Plain()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([member(x) for member in self.members]).mean(0)
+
+
+class UNetWithClassifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 4, 3, 2, 1)
+        self.bottom = nn.Conv2d(4, 6, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(6, 4, 2, 2)
+        self.fuse = nn.Conv2d(8, 5, 3, padding=1)
+        self.classifier = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.down(x).relu()
+        coarse = self.bottom(fine).relu()
+        return self.classifier(self.fuse(torch.cat([fine, self.up(coarse)], 1)).mean((2, 3)))
+
+
+class TeacherBeside(Plain):
+    """A second network runs, is registered last, and has no part in the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = Plain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        self.guidance = self.teacher(x).detach()
+        return logits
+
+
+class TupleOutput(Plain):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        features = self.features(x)
+        return self.fc(features.mean((2, 3))), features
+
+
+class DictOutput(Plain):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        pooled = self.features(x).mean((2, 3))
+        return {"embedding": pooled, "logits": self.fc(pooled)}
+
+
+class Normalise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5) / 0.25
+
+
+class NormalisationInFront(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.normalise, self.inner = Normalise(), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.normalise(x))
+
+
+class TupleOfFeatures(nn.Module):
+    """The backbone returns a list of its stages."""
+
+    class Stages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = backbone()
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            fine = self.stem(x)
+            return [fine, fine[:, :, ::2, ::2] + 1]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = self.Stages()
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.stages(x)[-1].mean((2, 3)))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int]]] = {
+    "reverse registration": (ReverseRegistration, "last", (8, 8)),
+    "pools in the container": (PoolsInTheContainer, "features.0", (8, 8)),
+    "logits on a grid of one cell": (LeavesTheGrid, "features", (8, 8)),
+    "gate behind the backbone": (GateBehindTheBackbone, "gate", (8, 8)),
+    "two streams": (TwoStreams, "colour + edges", (8, 8)),
+    "ensemble": (
+        Ensemble,
+        "members.0.features + members.1.features + members.2.features",
+        (8, 8),
+    ),
+    "U-Net with classifier": (UNetWithClassifier, "fuse", (16, 16)),
+    "teacher beside the model": (TeacherBeside, "features", (8, 8)),
+    "tuple output": (TupleOutput, "features", (8, 8)),
+    "dict output": (DictOutput, "features", (8, 8)),
+    "normalisation in front": (lambda: NormalisationInFront(Plain()), "inner.features", (8, 8)),
+    "normalisation in front of an ensemble": (
+        lambda: NormalisationInFront(Ensemble()),
+        "inner.members.0.features + inner.members.1.features + inner.members.2.features",
+        (8, 8),
+    ),
+    "list of features": (TupleOfFeatures, "stages", (4, 4)),
+}
+# To first order only: the gradient through the pooling's own weights is part of the map.
+NONLINEAR = {
+    "GeM pooling": (GeMPooling, "features", (8, 8)),
+    "attention pooling": (AttentionPooling, "features", (8, 8)),
+}
+
+
+def images(seed: int = 0) -> Tensor:
+    return torch.rand(
+        3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+@pytest.mark.parametrize("case", [*CASES, *NONLINEAR])
+def test_layer_and_grid(case: str) -> None:
+    make, name, grid = {**CASES, **NONLINEAR}[case]
+    model = make().double().eval()
+    assert str(find_target_layer(model, images())) == name
+    assert explain(model, images()).difference.shape[1:] == grid
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_maps_add_up_but_for_what_no_image_changes(case: str) -> None:
+    model = CASES[case][0]().double().eval()
+    with DifferenceCAM(model, example=images()) as cam:
+        residual = torch.cat([cam.maps(images(seed), true=1).residual for seed in range(3)])
+    assert residual.std() <= 1e-12
+    assert cam.maps(images(), true=1).margin.std() > 1e-6
+
+
+@pytest.mark.parametrize("case", [*CASES, *NONLINEAR])
+def test_maps_change_where_the_image_does(case: str) -> None:
+    """Pixels in one corner change; the opposite one's evidence stays, or moves least."""
+    model = {**CASES, **NONLINEAR}[case][0]().double().eval()
+    changed = images()
+    changed[:, :, :8, 24:] = 1 - changed[:, :, :8, 24:]
+    moved = (explain(model, changed, 1).difference - explain(model, images(), 1).difference).abs()
+    side = moved.shape[1] // 2
+    quarters = {
+        "changed": moved[:, :side, side:].sum(),
+        "others": torch.stack(
+            [
+                moved[:, :side, :side].sum(),
+                moved[:, side:, :side].sum(),
+                moved[:, side:, side:].sum(),
+            ]
+        ).max(),
+    }
+    assert quarters["changed"] > 2 * quarters["others"]
+
+
+@pytest.mark.parametrize("case", [*CASES, *NONLINEAR])
+def test_looking_leaves_no_trace(case: str) -> None:
+    model = {**CASES, **NONLINEAR}[case][0]().double().train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    find_target_layer(model, images())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_branches_survive_by_name() -> None:
+    model = TwoStreams().double().eval()
+    found = explain(model, images(), 1)
+    named = explain(model, images(), 1, target_layers="colour + edges")
+    torch.testing.assert_close(named.difference, found.difference)
+    with capture(model, example=images()) as captured:  # differentiable, too
+        maps = captured.maps(model(images()), true=1)
+        maps.difference.square().sum().backward()
+    torch.testing.assert_close(maps.difference.detach(), found.difference)
+    assert model.edges[0].weight.grad.abs().sum() > 0
+
+
+class Siamese(nn.Module):
+    """One backbone for both images of a pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.fc = backbone(), nn.Linear(6, 2)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        pooled = [self.backbone(one).mean((2, 3)) for one in (first, second)]
+        return self.fc((pooled[0] - pooled[1]).abs())
+
+
+def test_a_siamese_pair_is_refused_with_a_way_on() -> None:
+    with pytest.raises(DiffsalError, match=r"runs 2 times.*one image"):
+        explain(Siamese().double().eval(), (images(), images(1)))
+
+
+class PairOfStreams(nn.Module):
+    """Each image has a backbone of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe, self.gallery, self.fc = backbone(), backbone(), nn.Linear(12, 2)
+
+    def forward(self, probe: Tensor, gallery: Tensor) -> Tensor:
+        pooled = [self.probe(probe).mean((2, 3)), self.gallery(gallery).mean((2, 3))]
+        return self.fc(torch.cat(pooled, 1))
+
+
+def test_of_two_images_one_has_to_be_named() -> None:
+    model = PairOfStreams().double().eval()
+    pair = images(), images(1)
+    with pytest.raises(DiffsalError, match=r"several images.*probe.*gallery.*name"):
+        explain(model, pair)
+    maps = explain(model, pair, 1, target_layers="probe")
+    weight = model.fc.weight[1] - model.fc.weight[0]
+    expected = torch.einsum("c,bchw->bhw", weight[:6], model.probe(pair[0])) / 64
+    torch.testing.assert_close(maps.difference, expected.detach())
+
+
+class ImageAndNumbers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.fc = backbone(), nn.Linear(6 + 2, 2)
+
+    def forward(self, image: Tensor, numbers: Tensor) -> Tensor:
+        return self.fc(torch.cat([self.features(image).mean((2, 3)), numbers], 1))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_an_image_and_numbers(named: bool) -> None:
+    model = ImageAndNumbers().double().eval()
+    numbers = torch.randn(3, 2, dtype=torch.float64)
+    inputs = {"image": images(), "numbers": numbers} if named else (images(), numbers)
+    with DifferenceCAM(model, example=inputs) as cam:
+        maps = cam.maps(inputs, true=1)
+    weight, bias = model.fc.weight[1] - model.fc.weight[0], model.fc.bias[1] - model.fc.bias[0]
+    torch.testing.assert_close(maps.residual, (numbers @ weight[6:] + bias).detach())
