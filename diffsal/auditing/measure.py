@@ -53,6 +53,7 @@ def measure_samples(
             if not measured.names:
                 outputs = explain(loaded.model, batch.inputs[:1], target_layers=loaded.target_layer)
                 measured.cells = (outputs.true.shape[1], outputs.true.shape[2])
+                measured.squash = outputs.squash
                 measured.names = class_names(index.classes, class_count(outputs.logits))
             maps = label_maps(loaded, batch)
             numbers, curves = _measures(maps, batch, loaded.model, settings, measured.frame_width)

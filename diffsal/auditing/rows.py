@@ -58,6 +58,7 @@ class Measured:
         failed: ``path`` and ``error`` of images that could not be measured.
         cells: (h, w) of the maps.
         names: of the model's classes.
+        squash: what the model made of its logits; ``None``: nothing.
 
     Example:
         >>> measured = Measured(rows=[{"frame_true": 0.2}, {"frame_true": 0.4}, {}], cells=(7, 7))
@@ -76,6 +77,7 @@ class Measured:
     failed: list[dict[str, Any]] = field(default_factory=list)
     cells: tuple[int, int] = (0, 0)
     names: list[str] = field(default_factory=list)
+    squash: str | None = None
 
     @property
     def outputs(self) -> int:

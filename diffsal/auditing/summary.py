@@ -8,6 +8,7 @@ from diffsal.auditing.rows import Measured, Number, described
 from diffsal.auditing.wording import Finding, images_in_words, moved, percent, sign, tell, written
 from diffsal.data.index import Index
 from diffsal.faithfulness.statistics import interval
+from diffsal.maps.caveats import explains_little, is_coarse
 
 _COMPARED = (  # columns, as they are called, with their units
     ("correct", "Accuracy", "share"),
@@ -34,6 +35,7 @@ def summarize(findings: list[Finding], measured: Measured, index: Index, split: 
     return [
         _audited(numbers, measured, index, split),
         _common_mode(numbers, measured),
+        *_caveats(measured),
         *_occlusion(numbers),
         _stress_test(numbers, measured),
         "No number here, and no set of them, proves that a heatmap shows what decides: each tells "
@@ -66,6 +68,22 @@ def _common_mode(numbers: _Numbers, measured: Measured) -> str:
         f"{percent(share)} of the variation of its class maps is common to both classes: "
         f"{'' if exact else 'to first order, '}no decision between the two depends on it."
     )
+
+
+def _caveats(measured: Measured) -> list[str]:
+    said = []
+    little = sum(explains_little(row["margin"], row["residual"]) for row in measured.rows)
+    if little:
+        said.append(
+            f"On {images_in_words(little)} the maps explain little: half the margin or more is not "
+            "on them."
+        )
+    if measured.rows and is_coarse(measured.cells):
+        cells = " × ".join(map(str, measured.cells))
+        said.append(f"With {cells} cells the maps tell regions, not places.")
+    if measured.squash:
+        said.append(f"The model ends in a {measured.squash}: maps are of the logits before it.")
+    return said
 
 
 def _occlusion(numbers: _Numbers) -> list[str]:

@@ -123,3 +123,5 @@ def _report(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
                 f"logits: {record['evidence_for']:+.2f} for, {record['evidence_against']:+.2f} "
                 f"against, {record['residual']:+.2f} not on the map"
             )
+            for caveat in record["caveats"]:
+                click.echo(f"  {caveat}")

@@ -124,12 +124,13 @@ class Preprocessing:
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         return np.array(image.crop((left, top, left + self.size[1], top + self.size[0])))
 
-    def place(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+    def place(self, maps: Tensor, size: tuple[int, int], as_cells: bool = False) -> Tensor:
         """Bring maps of the network's input back onto the original image, bilinearly.
 
         Args:
             maps: (..., h, w) floating point; any h and w that span the network's input.
             size: height and width of the original image (H0, W0), in pixels.
+            as_cells: give every pixel the value of its cell, without interpolation.
 
         Returns:
             (..., H0, W0). Pixels that ``"crop"`` cut off, which the network never saw, are NaN.
@@ -142,7 +143,7 @@ class Preprocessing:
         resized, corner = self._geometry(*size)
         rows, columns = (
             # Of the resized image `cut` pixels from `start` on went in; here in original pixels.
-            _interpolation(full, count, start * full / whole, cut * full / whole)
+            _interpolation(full, count, start * full / whole, cut * full / whole, as_cells)
             .to(maps.dtype)
             .to(maps.device)
             for full, count, whole, start, cut in zip(
@@ -180,14 +181,17 @@ def _numbers(value: object, count: int, *kinds: type) -> bool:
     )
 
 
-def _interpolation(full: int, count: int, offset: float, length: float) -> Tensor:
+def _interpolation(
+    full: int, count: int, offset: float, length: float, nearest: bool = False
+) -> Tensor:
     """The (full, count) matrix that spreads `count` samples over `length` of `full` pixels.
 
-    Linear between the samples' centres, constant beyond the outer ones; NaN where a pixel's
-    centre lies outside [offset, offset + length].
+    Linear between the samples' centres, constant beyond the outer ones, or the nearest sample; NaN
+    where a pixel's centre lies outside [offset, offset + length].
     """
     position = (torch.arange(full, dtype=torch.float64) + 0.5 - offset) / length
     sample = (position * count - 0.5).clamp(0, count - 1)
+    sample = sample.round() if nearest else sample
     weights = (1 - (sample[:, None] - torch.arange(count)).abs()).clamp(min=0)
     weights[(position < 0) | (position > 1)] = torch.nan
     return weights

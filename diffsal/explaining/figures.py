@@ -55,6 +55,8 @@ class Explanation:
             do not carry.
         common_mode_share: var(common) / (var(common) + var(difference / 2)), in [0, 1]; NaN where
             both class maps are constant.
+        outputs_are: ``logits``, or what the model made of them: ``sigmoid``, ``softmax`` and so on.
+        caveats: sentences, see :mod:`diffsal.maps.caveats`.
     """
 
     title: str
@@ -76,6 +78,8 @@ class Explanation:
     evidence_against: float
     residual: float
     common_mode_share: float
+    outputs_are: str = "logits"
+    caveats: Sequence[str] = ()
 
 
 def save_overlays(folder: Path, stem: str, explanation: Explanation) -> list[Path]:
@@ -249,6 +253,9 @@ def _draw_panels(
 
 
 def _draw_own_bar(sheet: _Sheet, left: int, top: int, width: int, layer: Layer) -> None:
+    if layer.is_constant:
+        sheet.line(left, top + 34, width, "constant: marks nothing", "", _SMALL, end_font=_SMALL)
+        return
     sheet.paste(left, top + 9, layer.bar(width))
     sheet.line(left, top + 34, width, "lowest", "highest", _SMALL, end_font=_SMALL)
 
@@ -325,8 +332,9 @@ def _remarks(shown: Explanation) -> Iterator[str]:
         higher, lower = (shown.true_name, shown.false_name)[:: 1 if shown.margin > 0 else -1]
         side = "above" if shown.margin > 0 else "below"
         yield f"Margin {side} 0: {shortened(higher)} scores higher than {shortened(lower)}."
-    if abs(shown.residual) > shown.evidence_for - shown.evidence_against:
-        yield "What is not on the map weighs more than all of its cells."
+    yield from shown.caveats
+    if shown.outputs_are not in ("logits", "log-softmax"):
+        yield f"The model ends in a {shown.outputs_are}: maps are of the logits before it."
     if shown.outputs == 1:
         yield "Common-mode share: not applicable, the model has one output."
     elif math.isnan(shown.common_mode_share):

@@ -44,10 +44,19 @@ class Layer:
     high: float
     colormap: Colormap
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether there is nothing to tell apart."""
+        return not self.high > self.low
+
     def over(self, image: Pixels) -> Pixels:
-        """Colour ``image``, of any size, by the map; leave it as it is where the map is NaN."""
+        """Colour ``image``, of any size, by the map; leave it as it is where the map is NaN, or
+        constant.
+        """
         values = resized(self.values, image.shape[1], image.shape[0])
-        span = self.high - self.low or 1.0  # a constant map is all low
+        if self.is_constant:
+            return image
+        span = self.high - self.low
         colours = self.colormap((values - self.low) / span, bytes=True)[..., :3]
         grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32) / 255
         tinted = colours * (_DARKEST + (1 - _DARKEST) * grey)[..., None]

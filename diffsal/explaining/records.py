@@ -13,6 +13,7 @@ from torch import Tensor
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.explaining.figures import Explanation
+from diffsal.maps.caveats import caveats, is_coarse
 from diffsal.maps.contrast import NO_CLASS, predicted_class
 from diffsal.maps.salience_maps import SalienceMaps, normalize
 from diffsal.models.checkpoints import LoadedModel
@@ -65,9 +66,10 @@ def draft(
     """
     raw = torch.cat([getattr(maps, name) for name in _MAPS])
     placed = preprocessing.place(raw, image.shape[:2])
+    drawn = preprocessing.place(raw, image.shape[:2], is_coarse(maps.true.shape))
     told = {"path": str(path)} | _decision(maps, names)
     record = {name: None if value != value else value for name, value in told.items()}  # NaN
-    explanation = _explanation(path.name, image, placed, maps, told)
+    explanation = _explanation(path.name, image, drawn, maps, told)
     return Draft(path, stem, record, explanation, _arrays(raw, placed, maps))
 
 
@@ -91,6 +93,8 @@ def _decision(maps: SalienceMaps, names: Sequence[str]) -> Record:
         "evidence_against": float(difference.clamp(max=0).sum()),
         "residual": float(maps.residual),
         "common_mode_share": float(maps.common_mode_share),
+        "outputs_are": maps.squash or "logits",
+        "caveats": caveats(maps)[0],
     }
 
 

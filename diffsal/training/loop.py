@@ -376,7 +376,8 @@ def _autocast(device: torch.device, config: TrainingConfig) -> torch.autocast:
 
 
 def _training_mode(model: nn.Module, config: TrainingConfig) -> None:
-    for module in model.train().modules():
+    model.train()
+    for module in model.modules():
         if config.freeze_batchnorm and isinstance(module, _BatchNorm):
             module.eval()
 
