@@ -11,6 +11,7 @@ from diffsal.cli.audit import audit
 from diffsal.cli.demo import demo
 from diffsal.cli.explain import explain
 from diffsal.cli.fool import fool
+from diffsal.cli.layers import layers
 from diffsal.cli.options import DEBUG
 from diffsal.cli.protocol import protocol
 from diffsal.cli.train import train
@@ -39,5 +40,5 @@ def main() -> None:
     """
 
 
-for command in (explain, demo, train, audit, protocol, fool):
+for command in (explain, layers, demo, train, audit, protocol, fool):
     main.add_command(command)

@@ -110,6 +110,16 @@ def model(command: Command) -> Command:
         classes("Class names, in order of outputs."),
         click.option("--target-layer", metavar="NAME", help="Layer of the maps.  [default: found]"),
         click.option(
+            "--reshape",
+            metavar="tokens:PREFIX|channels-last|none",
+            help="How the named layer's output lies over the image.  [default: found]",
+        ),
+        click.option(
+            "--outputs",
+            type=click.Choice(["logits", "probabilities"]),
+            help="What the model returns.  [default: told from how it is made]",
+        ),
+        click.option(
             "--size",
             callback=_size,
             metavar="PIXELS",
@@ -137,10 +147,29 @@ def load_with_preprocessing(
     loaded = load_model(model, arch=arch, target_layer=target_layer)
     if given["classes"]:
         check_class_order(loaded, given["classes"], "--classes")
+    loaded = _as_told(loaded, target_layer, given["reshape"], given["outputs"])
     for note in loaded.notes:
         click.echo(f"Note: {note}", err=True)
     chosen = named(**{name: given[name] for name in ("size", "resize", "mean", "std")})
     return loaded, replace(loaded.preprocessing or Preprocessing(), **chosen)
+
+
+def _as_told(
+    loaded: LoadedModel, target_layer: str | None, reshape: str | None, outputs: Any
+) -> LoadedModel:
+    """The model with what the user knows of its outputs and of the layer that is named."""
+    from dataclasses import replace
+
+    from diffsal.maps.layouts import layout_from_word
+    from diffsal.maps.outputs import declare_outputs
+
+    declare_outputs(loaded.model, outputs)
+    if reshape is None:
+        return loaded
+    if target_layer is None:
+        raise click.UsageError("--reshape is for a layer that --target-layer names")
+    layer = replace(loaded.target_layer, reshape=layout_from_word(reshape))
+    return replace(loaded, target_layer=layer)
 
 
 def named(**options: Any) -> dict[str, Any]:

@@ -55,6 +55,29 @@ def example_inputs(model: nn.Module, example: Any = None) -> Iterator[Inputs]:
         yield (noise.to(first.device, dtype),), {}
 
 
+def noise_of_size(model: nn.Module, size: tuple[int, ...]) -> Tensor:
+    """(1, C, *size): noise of a model's channels, type and device.
+
+    Example:
+        >>> noise_of_size(nn.Conv2d(1, 4, 3), (8, 9)).shape
+        torch.Size([1, 1, 8, 9])
+    """
+    first = next(model.parameters(), torch.zeros(()))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand((1, _channels(model), *size), generator=generator)
+    return noise.to(first.device, first.dtype if first.is_floating_point() else torch.float32)
+
+
+def _channels(model: nn.Module) -> int:
+    stem = _stem(model)
+    return 3 if stem is None else stem.in_channels
+
+
+def _stem(model: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
+    convolutions = (one for one in model.modules() if isinstance(one, nn.Conv2d | nn.Conv3d))
+    return next(convolutions, None)
+
+
 def _is_empty(example: Any) -> bool:
     """Whether a batch has no sample."""
     positional, named = as_inputs(example)
@@ -62,8 +85,7 @@ def _is_empty(example: Any) -> bool:
 
 
 def _shapes(model: nn.Module) -> Iterator[tuple[int, tuple[int, ...]]]:
-    stem = next((one for one in model.modules() if isinstance(one, nn.Conv2d | nn.Conv3d)), None)
-    channels = 3 if stem is None else stem.in_channels
+    stem, channels = _stem(model), _channels(model)
     for module in model.modules():
         yield from _declared(module, channels)
     if isinstance(stem, nn.Conv3d):

@@ -79,6 +79,26 @@ class Layout:
         return f"tokens:{self.prefix}" if self.kind == "tokens" else self.kind
 
 
+def layout_from_word(word: str) -> Layout | None:
+    """What a user says of a layer's output: ``none``, ``channels-last`` or ``tokens:PREFIX``.
+
+    Raises:
+        DiffsalError: another word.
+
+    Example:
+        >>> str(layout_from_word("tokens:1")), layout_from_word("none")
+        ('tokens:1', None)
+    """
+    kind, _, prefix = word.partition(":")
+    if kind == "tokens" and (prefix or "0").isdecimal():
+        return Layout("tokens", (0, 0), int(prefix or 0))  # the image tells the grid
+    if word == "channels-last":
+        return Layout("channels-last", (0, 0))
+    if word == "none":
+        return None
+    raise DiffsalError(f"the reshape {word!r} is unknown: tokens:PREFIX, channels-last or none")
+
+
 def tokens_to_grid(output: Tensor, prefix_tokens: int = 0) -> Tensor:
     """Tokens (B, N, C), of which the first ``prefix_tokens`` are no patches, to (B, C, h, w).
 

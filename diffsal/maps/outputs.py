@@ -67,6 +67,7 @@ _THROUGH = (
     ),
     *("Clamp", "Permute", "Transpose", "Expand", "Flatten", "Index", "T"),
 )
+_DECLARED = "_diffsal_outputs"
 _MOST_NODES = 200  # to look at behind the output
 _SUM = 1e-3  # how far from one the sum of probabilities may be, in half precision too
 
@@ -89,9 +90,6 @@ class ModelScores(NamedTuple):
 _KNOWN: "WeakKeyDictionary[nn.Module, dict[bool, Squash | None]]" = WeakKeyDictionary()
 
 
-_DECLARED: "WeakKeyDictionary[nn.Module, Outputs | None]" = WeakKeyDictionary()
-
-
 def declare_outputs(model: nn.Module, outputs: Outputs | None) -> None:
     """Say what a model returns, where that cannot be told from how it is made.
 
@@ -109,7 +107,7 @@ def declare_outputs(model: nn.Module, outputs: Outputs | None) -> None:
         'sigmoid'
     """
     _check_word(outputs)
-    _DECLARED[model] = outputs
+    model.__dict__[_DECLARED] = outputs  # there, so that copies of the model have it too
 
 
 def logits_of_run(model: nn.Module, *inputs: Any) -> ModelScores:
@@ -139,7 +137,8 @@ def may_squash(model: nn.Module, outputs: Outputs | None = None) -> bool:
 
 def declared_outputs(model: nn.Module) -> Outputs | None:
     """What was said of a model by :func:`declare_outputs`."""
-    return _DECLARED.get(model)
+    declared: Outputs | None = model.__dict__.get(_DECLARED)
+    return declared
 
 
 def remember_squash(model: nn.Module, squash: Squash | None) -> None:
