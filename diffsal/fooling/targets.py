@@ -110,5 +110,8 @@ def _centroid(maps: Tensor) -> Tensor:
     mass = normalize(maps)
     mass = mass + (mass.flatten(1).amax(1) == 0)[:, None, None]
     centres = [(torch.arange(cells).to(mass) + 0.5) / cells for cells in mass.shape[1:]]
-    moments = torch.stack([mass.sum(2) @ centres[0], mass.sum(1) @ centres[1]], dim=1)
+    # No matrix products, which autocast would take in half precision.
+    moments = torch.stack(
+        [(mass.sum(2) * centres[0]).sum(1), (mass.sum(1) * centres[1]).sum(1)], dim=1
+    )
     return moments / mass.sum((1, 2))[:, None]

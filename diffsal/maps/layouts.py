@@ -54,7 +54,7 @@ class Layout:
                 f"{' × '.join(map(str, self.grid))} patches: pass a reshape_transform that brings "
                 "it to (batch, channels, height, width)"
             )
-        return patches.reshape(len(patches), *self.grid, -1).movedim(-1, 1)
+        return patches.reshape(len(patches), *self.grid, patches.shape[2]).movedim(-1, 1)
 
     def over(self, image: Sequence[int], tokens: int) -> "Layout":
         """The same for an image of another size (pixels), whose output has ``tokens`` tokens.

@@ -215,7 +215,7 @@ def _look(record: RunRecord, model: nn.Module) -> Look:
     found = list(_candidates(record, model))
     candidates = tuple(candidate for _, candidate in found)
     if not record.graph.reaches_the_image:
-        return Look((), candidates, "no gradient leads from the logits to the image")
+        return Look((), candidates, _why_no_gradient(model))
     single = _last_common(found, record)
     if single is not None and not _is_early(single, found):
         return Look((single,), candidates)
@@ -232,6 +232,12 @@ def _look(record: RunRecord, model: nn.Module) -> Look:
     if single is not None:
         return Look((single,), candidates)
     return Look((), candidates, _why_none(record, candidates))
+
+
+def _why_no_gradient(model: nn.Module) -> str:
+    if any("quantized" in type(module).__module__ for module in model.modules()):
+        return "no gradient leads through quantised layers (explain the model in floating point)"
+    return "no gradient leads from the logits to the image"
 
 
 def _why_none(record: RunRecord, candidates: Sequence[Candidate]) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsal.errors import DiffsalError
 from diffsal.maps.admission import Layers, as_layers, check_compiled, check_model
@@ -142,6 +143,8 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
                 stack.callback(norm.register_forward_hook(self._hold).remove)
             note = self._model.register_forward_pre_hook(self._note_image, with_kwargs=True)
             stack.callback(note.remove)
+            if self._trains:  # the fused attentions cannot be differentiated twice
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if may_squash(self._model, self._outputs):
                 self._squashes = stack.enter_context(recording_squashes())
             stack.callback(self._forget)  # and puts back the grad mode that a hook switched on

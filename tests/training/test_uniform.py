@@ -107,12 +107,7 @@ class TestLosses:
         ]
         torch.testing.assert_close(torch.stack(alone).mean(), loss()(maps, human))
 
-    def test_autocast_changes_the_network_and_not_the_loss(
-        self, loss: type[SalienceLoss], request: pytest.FixtureRequest
-    ) -> None:
-        if loss is CenterMassLoss:
-            reason = "centroids are a matrix product, which autocast takes to bfloat16"
-            request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    def test_autocast_changes_the_network_and_not_the_loss(self, loss: type[SalienceLoss]) -> None:
         torch.manual_seed(0)
         model = tiny().float()
         images = torch.randn(5, 1, 9, 9)
