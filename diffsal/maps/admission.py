@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffsal.errors import DiffsalError
+from diffsal.maps.fixed_statistics import may_be_norm
 from diffsal.maps.layouts import Reshape
 from diffsal.maps.looking import Example
 from diffsal.maps.target_layers import TargetLayer, find_target_layer, get_target_layer
@@ -17,13 +18,30 @@ Layer: TypeAlias = "TargetLayer | nn.Module | str"
 Layers: TypeAlias = "Layer | Sequence[Layer] | None"
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse models that cannot be captured; one walk, as it is taken at every training step.
+class Walk(NamedTuple):
+    """What one walk over a model's modules finds; it is taken at every training step.
+
+    Attributes:
+        norms: modules that may be norms behind the pooling.
+        compiled: modules that were compiled, and whether in place.
+    """
+
+    norms: list[nn.Module]
+    compiled: list[tuple[nn.Module, bool]]
+
+
+def walk(model: nn.Module) -> Walk:
+    """Refuse models that cannot be captured, and note what a capture needs to know.
 
     Raises:
         DiffsalError: parameters made in inference mode, or ``DistributedDataParallel`` with
             ``static_graph``.
+
+    Example:
+        >>> len(walk(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))).norms)
+        1
     """
+    found = Walk([], [])
     for module in model.modules():
         if isinstance(module, DistributedDataParallel) and module.static_graph:
             raise DiffsalError(
@@ -36,18 +54,22 @@ def check_model(model: nn.Module) -> None:
                     "the model's parameters or buffers were made in inference mode, which autograd "
                     "cannot use: build or load the model outside torch.inference_mode()"
                 )
+        in_place = module.__dict__.get("_compiled_call_impl") is not None
+        if in_place or "_orig_mod" in module._modules:
+            found.compiled.append((module, in_place))
+        if not module._modules and may_be_norm(type(module)):
+            found.norms.append(module)
+    return found
 
 
-def check_compiled(model: nn.Module, layers: Sequence[TargetLayer]) -> None:
+def check_compiled(found: Walk, layers: Sequence[TargetLayer]) -> None:
     """Refuse layers inside a compiled module, where hooks do not run.
 
     Raises:
         DiffsalError: a layer is inside one.
     """
-    for module in model.modules():
-        in_place = module.__dict__.get("_compiled_call_impl") is not None
-        if in_place or "_orig_mod" in module._modules:
-            _check_outside(module, layers, in_place)
+    for module, in_place in found.compiled:
+        _check_outside(module, layers, in_place)
 
 
 def _check_outside(compiled: nn.Module, layers: Sequence[TargetLayer], in_place: bool) -> None:

@@ -6,12 +6,13 @@ linear (the mean that it subtracts is so already), and behind global average poo
 again. The forward pass, and every gradient but that of a map, stay what they are.
 """
 
-from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+_MAY_BE_NORM: dict[type[nn.Module], bool] = {}
 _ROUNDINGS = 16  # of the type, relative, that a norm may differ from its formula by
 
 
@@ -21,18 +22,36 @@ class Switch:
     on = False
 
 
-def norms_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that may be such norms, by name.
+def may_be_norm(kind: type[nn.Module]) -> bool:
+    """Whether modules of a type may be such norms, by its name; batch norms are linear as it is.
 
     Example:
-        >>> [name for name, _ in norms_of(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))]
-        ['1']
+        >>> may_be_norm(nn.LayerNorm), may_be_norm(nn.BatchNorm2d), may_be_norm(nn.Linear)
+        (True, False, False)
     """
-    for name, module in model.named_modules():
-        kind = type(module).__name__.lower()
-        is_batch = isinstance(module, nn.modules.batchnorm._NormBase) or "batch" in kind
-        if "norm" in kind and not is_batch and not list(module.children()):
-            yield name, module
+    if kind not in _MAY_BE_NORM:
+        name = kind.__name__.lower()
+        is_batch = issubclass(kind, nn.modules.batchnorm._NormBase) or "batch" in name
+        _MAY_BE_NORM[kind] = "norm" in name and not is_batch
+    return _MAY_BE_NORM[kind]
+
+
+_GROUPS: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+"""Of norms whose formula was seen to give what they return."""
+_BEHIND: "WeakKeyDictionary[nn.Module, tuple[list[nn.Module], list[nn.Module]]]"
+_BEHIND = WeakKeyDictionary()
+
+
+def norms_to_hold(model: nn.Module, norms: list[nn.Module]) -> list[nn.Module]:
+    """Of a model's norms, those that were seen to run behind the pooling; all, if none was seen."""
+    known, behind = _BEHIND.get(model, ([], []))
+    return behind if known == norms else norms
+
+
+def remember_norms(model: nn.Module, norms: list[nn.Module], behind: list[nn.Module]) -> None:
+    """Spare a model's next runs the hooks on norms that do not run behind the pooling."""
+    if model not in norms:  # a value that holds its key would never go
+        _BEHIND[model] = norms, behind
 
 
 def held(module: nn.Module, given: Tensor, output: Tensor, switch: Switch) -> Tensor | None:
@@ -50,11 +69,13 @@ def held(module: nn.Module, given: Tensor, output: Tensor, switch: Switch) -> Te
     if not _is_pooled(given) or output.shape != given.shape:
         return None
     flat = given.flatten(1).to(torch.promote_types(given.dtype, torch.float32))
-    for groups in _possible_groups(module, flat.shape[1]):
+    known = _GROUPS.get(module)
+    for groups in _possible_groups(module, flat.shape[1]) if known is None else (known,):
         scale = _scale(module, flat, groups)
         if scale is None:
             continue
-        if _explains(module, flat, scale, groups, output):
+        if known is not None or _explains(module, flat, scale, groups, output):
+            _GROUPS[module] = groups
             result: Tensor = _Held.apply(output, given, scale, groups, switch)
             return result
     return None

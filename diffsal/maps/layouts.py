@@ -184,6 +184,20 @@ def fits(grid: Grid, image: Sequence[int]) -> bool:
     )
 
 
+def looks_channels_last(shape: Sequence[int], image: Sequence[int] | None) -> bool:
+    """Whether an output that is taken as it is can only be (B, h, w, C).
+
+    Example:
+        >>> looks_channels_last((1, 7, 7, 96), (224, 224)), looks_channels_last((1, 96, 7, 7), None)
+        (True, False)
+    """
+    if image is None or len(shape) != len(image) + 2:
+        return False
+    _, *grid, channels = shape
+    is_grid = min(grid) > 1 and channels > max(grid) and fits(tuple(grid), image)
+    return is_grid and not fits(tuple(shape[2:]), image)
+
+
 def _stretch(grid: Grid, image: Sequence[int]) -> float:
     """How far the proportions of height and width are from the image's; 0: the same."""
     return abs(math.log((grid[-2] * image[-1]) / (grid[-1] * image[-2])))

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsal.errors import DiffsalError
-from diffsal.maps.admission import Layers, as_layers, check_compiled, check_model
+from diffsal.maps.admission import Layers, as_layers, check_compiled, walk
 from diffsal.maps.contrast import Choice, Contrast, contrast
 from diffsal.maps.examples import as_inputs
-from diffsal.maps.fixed_statistics import Switch, held, norms_of
-from diffsal.maps.layouts import Layout, Reshape, fits
+from diffsal.maps.fixed_statistics import Switch, held, norms_to_hold, remember_norms
+from diffsal.maps.layouts import Layout, Reshape, looks_channels_last
 from diffsal.maps.looking import Example
 from diffsal.maps.modes import evaluation_mode
 from diffsal.maps.outputs import (
@@ -108,18 +108,20 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         outputs: Outputs | None = None,
         example: Example = None,
     ) -> None:
-        check_model(model)
+        found = walk(model)
         self._alternatives = as_layers(model, target_layers, reshape_transform, example)
         self._layers = [
             branch for layer in self._alternatives for branch in (layer, *layer.branches)
         ]
-        check_compiled(model, self._layers)
+        check_compiled(found, self._layers)
         if weighting not in WEIGHTINGS:
             known = ", ".join(WEIGHTINGS)
             raise DiffsalError(f"weighting {weighting!r} is unknown: pass one of {known}")
         self._weigh = WEIGHTINGS[weighting]
         self._model, self._outputs = model, outputs or declared_outputs(model)
-        self._norms = list(norms_of(model)) if fixed_statistics else []
+        self._all_norms = found.norms
+        self._norms = norms_to_hold(model, found.norms) if fixed_statistics else []
+        self._behind: list[nn.Module] = []
         self._switch = Switch()
         self._squashes: list[Recorded] = []
         self._image: tuple[int, ...] | None = None
@@ -139,7 +141,7 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
             for index, layer in enumerate(self._layers):
                 handle = layer.module.register_forward_hook(self._hook(index, layer))
                 stack.callback(handle.remove)
-            for _, norm in self._norms:
+            for norm in self._norms:
                 stack.callback(norm.register_forward_hook(self._hold).remove)
             note = self._model.register_forward_pre_hook(self._note_image, with_kwargs=True)
             stack.callback(note.remove)
@@ -231,7 +233,10 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         is_behind = any(activation is not None for activation in self._activations)
         if not is_behind or not isinstance(output, Tensor) or not output.requires_grad:
             return None
-        return held(module, inputs[0], output, self._switch)
+        result = held(module, inputs[0], output, self._switch)
+        if result is not None and module not in self._behind:
+            self._behind.append(module)
+        return result
 
     def _note_image(self, module: nn.Module, inputs: Any, named: Any) -> None:
         images = [one for one in (*inputs, *named.values()) if is_image(one)]
@@ -245,6 +250,8 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
             activations = self._recorded()
             found = scores_of_output(logits, self._squashes, self._outputs)
             remember_squash(self._model, found.squash)
+            if len(self._norms) == len(self._all_norms):
+                remember_norms(self._model, self._all_norms, self._behind)
             scores = contrast(found.logits, true, false)
             pair = scores.true_score, scores.false_score
             self._switch.on = True
@@ -314,7 +321,7 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
             reshape = reshape.over(self._image, activation.shape[1])
         if reshape is not None:
             activation, gradient = reshape(activation), reshape(gradient)
-        elif self._is_channels_last(activation):
+        elif looks_channels_last(activation.shape, self._image):
             raise DiffsalError(
                 f"layer {layer.name!r} gives {tuple(activation.shape)}, which looks like channels "
                 "last: pass a reshape_transform, such as lambda x: x.movedim(-1, 1)"
@@ -327,15 +334,6 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
             )
         dtype = torch.promote_types(activation.dtype, torch.float32)
         return self._weigh(activation.to(dtype), gradient.to(dtype))
-
-    def _is_channels_last(self, activation: Tensor) -> bool:
-        """Whether an output that is taken as it is can only be (B, h, w, C)."""
-        image = self._image
-        if image is None or activation.ndim != len(image) + 2:
-            return False
-        _, *grid, channels = activation.shape
-        is_grid = min(grid) > 1 and channels > max(grid) and fits(tuple(grid), image)
-        return is_grid and not fits(activation.shape[2:], image)
 
     def _finish(
         self, found: ModelScores, scores: Contrast, true_map: Tensor, false_map: Tensor
