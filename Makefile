@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types bench surface clean
+.PHONY: help demo test lint types bench zoo surface clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
@@ -25,6 +25,10 @@ bench: $(VENV)/installed  ## Ratios measured side by side, in minutes
 	$(BIN)/python benchmarks/explain.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/protocol.py
+
+zoo: $(VENV)/installed  ## Other libraries' models, one of each family; rewrites docs/models.md
+	$(BIN)/python -m pip install --quiet --editable '.[zoo]'
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m models.zoo.report
 
 surface: $(VENV)/installed  ## Rewrite tests/api_surface.json after a change that is meant
 	$(BIN)/python tests/surface.py
