@@ -23,6 +23,10 @@ State: TypeAlias = dict[str, Tensor]
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
 COPIES = re.compile(r"(^|[._])(ema|averaged?|swa)([._]|$)", re.IGNORECASE)
 _SAVE_WEIGHTS = "save its weights, torch.save({}, 'weights.pt'), where it can be loaded"
+_IN_PYTHON = "or load it in Python and call diffsal.explain(model, images)"
+_PICKLED = f"{_SAVE_WEIGHTS.format('model.state_dict()')}, {_IN_PYTHON}"
+# ir_version, then the producer's name, the graph or the operators' version.
+_ONNX = re.compile(rb"\x08[\x01-\x1f][\x12\x3a\x42]")
 _DAMAGED = "is damaged, or no file of PyTorch weights: copy or download it again"
 _PROGRAMS = {  # an archive is told by how the name of one of its members ends
     "/constants.pkl": ("a TorchScript program", "torch.jit.load(PATH).state_dict()"),
@@ -61,6 +65,11 @@ def read_weights(path: Path) -> tuple[Any, str]:
                 raise DiffsalError("is a Git LFS pointer, not the weights: run git lfs pull")
             if re.match(rb"\s*<(!doctype|html|head|\?xml)", start, re.IGNORECASE):
                 raise DiffsalError("is a web page, not weights: download the file again")
+            if start[0] == 8 and (_ONNX.match(start) or path.suffix.lower() == ".onnx"):
+                raise DiffsalError(
+                    "is an ONNX graph, which has no gradients: take the PyTorch model that it was "
+                    f"exported from; {_PICKLED}"
+                )
             digest = hashlib.sha256(start)
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -89,7 +98,10 @@ def _read_torch(file: IO[bytes]) -> Any:
         members = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
         for ending, (program, state) in _PROGRAMS.items():
             if any(member.endswith(ending) for member in members):
-                raise DiffsalError(f"is {program}: {_SAVE_WEIGHTS.format(state)}")
+                raise DiffsalError(
+                    f"is {program}, whose layers cannot be watched: {_SAVE_WEIGHTS.format(state)}, "
+                    "or load them into the model in Python and call diffsal.explain(model, images)"
+                )
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
     except DiffsalError:
@@ -112,9 +124,7 @@ def _read_around_objects(file: IO[bytes], error: Exception) -> Any:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused is None:
             raise DiffsalError(_DAMAGED) from error
-        raise DiffsalError(
-            f"holds pickled objects ({refused[1]}): {_SAVE_WEIGHTS.format('model.state_dict()')}"
-        ) from error
+        raise DiffsalError(f"holds pickled objects ({refused[1]}): {_PICKLED}") from error
 
 
 def state_dict_in(loaded: Any) -> State:
@@ -131,7 +141,7 @@ def state_dict_in(loaded: Any) -> State:
         >>> list(state_dict_in({"epoch": 3, "model": state, "model_ema": state}))
         ['fc.weight', 'fc.bias']
     """
-    pickled = f"is a pickled whole model: {_SAVE_WEIGHTS.format('model.state_dict()')}"
+    pickled = f"is a pickled whole model: {_PICKLED}"
     if isinstance(loaded, _Object):
         raise DiffsalError(pickled)
     if not isinstance(loaded, dict):

@@ -20,7 +20,7 @@ SMALL = "shufflenet_v2_x0_5"
 WHOLE = "is damaged, or no file of PyTorch weights"
 
 
-CONVERT = r"torch\.save\(model\.state_dict\(\), 'weights\.pt'\)"
+CONVERT = r"torch\.save\(model\.state_dict\(\), 'weights\.pt'\).*diffsal\.explain\(model, images\)"
 
 
 @pytest.mark.parametrize("name", ["state_dict", "model", "model_state_dict", "net", "resnet"])
@@ -129,11 +129,11 @@ def test_programs(tmp_path, rejects):
     image = torch.ones(1, 3, 8, 8)
     torch.jit.trace(model, image).save(tmp_path / "script.pt")
     rejects(
-        tmp_path / "script.pt", r"TorchScript program: .*torch\.jit\.load\(PATH\)\.state_dict\(\)"
+        tmp_path / "script.pt", r"TorchScript program, .*torch\.jit\.load\(PATH\)\.state_dict\(\)"
     )
     torch.export.save(torch.export.export(model, (image,)), tmp_path / "program.pt2")
     rejects(
-        tmp_path / "program.pt2", r"exported program: .*torch\.export\.load\(PATH\)\.state_dict"
+        tmp_path / "program.pt2", r"exported program, .*torch\.export\.load\(PATH\)\.state_dict"
     )
 
 
@@ -144,6 +144,8 @@ def test_programs(tmp_path, rejects):
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "git lfs pull"),
         (b"\n <!DOCTYPE html>\n<html></html>", "is a web page"),
+        (b"\x08\x08\x12\x07pytorch\x1a\x052.4.1:", f"is an ONNX graph.*{CONVERT}"),
+        (b"\x08\x08:\x90\x01", "is an ONNX graph"),
         (b"hello\n", WHOLE),
         (bytes(range(256)) * 8, WHOLE),
         (b"PK\x03\x04" + bytes(100), WHOLE),
@@ -155,6 +157,12 @@ def test_bytes_that_are_no_weights(content, pattern, tmp_path, rejects):
     path = tmp_path / "weights.pt"
     path.write_bytes(content)
     rejects(path, pattern)
+
+
+def test_onnx_by_its_suffix(tmp_path, rejects):
+    path = tmp_path / "network.onnx"
+    path.write_bytes(b"\x08\x08\x22\x00")
+    rejects(path, "is an ONNX graph")
 
 
 @pytest.mark.parametrize("archive", [True, False])
