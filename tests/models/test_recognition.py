@@ -21,7 +21,14 @@ def test_table_is_torchvisions(hollow):
     assert len(sizes) == len(NAMES) == 80
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Of these the target layer is found by computing, at 87 to 632 million parameters.
+LARGE = ("vit_b_16", "vit_h_14", "vit_l_16", "vit_l_32")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in NAMES],
+)
 def test_every_torchvision_classifier_is_recognized(name, save, zeros, hollow):
     state = zeros(name)
     last = last_layer(hollow(name))
