@@ -100,7 +100,7 @@ class _Held(torch.autograd.Function):
             given.shape,
             given.dtype,
         )
-        return output.view_as(output)
+        return output.clone()  # no view, which must not be changed in place behind the norm
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -308,12 +308,15 @@ def _layout(seen: Seen, record: RunRecord, before: Sequence[Layout]) -> tuple[La
 def _outermost(seen: Seen, record: RunRecord, model: nn.Module) -> tuple[str | None, Place]:
     """The last module that returned a tensor, of those that ran once and do not pool.
 
-    One that returned it alone goes before one that returned it among others.
+    One that made something of it first, which the logits depend on, is none; one that returned it
+    alone goes before one that returned it among others.
     """
     usable: list[tuple[str | None, Place]] = [
         (name, place)
-        for name, place in zip(seen.names, seen.places, strict=True)
-        if record.calls[name] == 1 and not isinstance(model.get_submodule(name), _POOLING)
+        for name, place, vertex in zip(seen.names, seen.places, seen.vertices, strict=True)
+        if record.calls[name] == 1
+        and record.graph.carry_the_same(vertex, seen.vertex)
+        and not isinstance(model.get_submodule(name), _POOLING)
     ]
     alone = [one for one in usable if one[1] is None]
     return (alone or usable or [(None, None)])[-1]

@@ -46,15 +46,21 @@ class Seen:
         tensor: as it was returned, for two images.
         names: of the modules that returned it, innermost first.
         places: within each of their outputs.
-        vertex: its node in the graph and which of the node's outputs it is; ``None``: it has none.
+        vertices: of what each of the modules handed on: a node of the graph, and which of its
+            outputs; ``None``: it has none.
         gradient: of the first image's scores, once differentiated.
     """
 
     tensor: Tensor
     names: list[str]
     places: list[Place]
-    vertex: "Vertex | None"
+    vertices: "list[Vertex | None]"
     gradient: Tensor | None = None
+
+    @property
+    def vertex(self) -> "Vertex | None":
+        """Of what the innermost module handed on."""
+        return self.vertices[0]
 
 
 Vertex: TypeAlias = tuple[Any, int]
@@ -115,6 +121,10 @@ class Graph:
         return self.reaches_the_image and (
             self._paths_through(vertex) == self._onwards[self._nodes[0]]
         )
+
+    def carry_the_same(self, vertex: Vertex | None, other: Vertex | None) -> bool:
+        """Whether as many paths lead through one as through the other."""
+        return self._paths_through(vertex) == self._paths_through(other)
 
     def frontier(self, vertices: Sequence[Vertex]) -> list[Vertex] | None:
         """The first of them on each path from the scores; ``None`` if a path meets none."""
@@ -272,23 +282,27 @@ class _Recorder:
             for place, tensor in list(tensors_in(output)):
                 if not tensor.is_floating_point() or tensor.ndim < 3:
                     continue
-                known = self._known(tensor)
-                if known is not None:
-                    known.names.append(name)
-                    known.places.append(place)
-                    continue
-                output = replaced(output, place, self._recorded(tensor, name, place))
+                seen = self._known(tensor)
+                if seen is None:
+                    tensor, seen = self._new(tensor)
+                output = replaced(output, place, self._handed_on(tensor, seen, name, place))
             return output
 
         return note
 
-    def _recorded(self, tensor: Tensor, name: str, place: Place) -> Tensor:
+    def _new(self, tensor: Tensor) -> tuple[Tensor, Seen]:
         if not tensor.requires_grad:  # made without a graph: as far back as gradients can lead
             tensor = tensor.detach().requires_grad_()
             self.sinks.append(tensor)
-        seen = Seen(tensor, [name], [place], _vertex(tensor))
+        self.seen.append(Seen(tensor, [], [], []))
+        return tensor, self.seen[-1]
+
+    def _handed_on(self, tensor: Tensor, seen: Seen, name: str, place: Place) -> Tensor:
+        """A clone, whose place in the graph is behind whatever the module itself made of it."""
         clone = tensor.clone()
-        self.seen.append(seen)
+        seen.names.append(name)
+        seen.places.append(place)
+        seen.vertices.append(_vertex(clone))
         self._clones.append(clone)  # kept, so that no other tensor gets its id
         self._by_clone[id(clone)] = seen, clone._version
         return clone

@@ -214,6 +214,26 @@ class TupleOfFeatures(nn.Module):
         return self.fc(self.stages(x)[-1].mean((2, 3)))
 
 
+class PoolsBesideItsFeatures(nn.Module):
+    """As transformers' base models: features are returned with what was pooled from them."""
+
+    class Base(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = backbone()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            features = self.encoder(x)
+            return {"last_hidden_state": features, "pooler_output": features.mean((2, 3))}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.fc = self.Base(), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.base(x)["pooler_output"])
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int]]] = {
     "reverse registration": (ReverseRegistration, "last", (8, 8)),
     "pools in the container": (PoolsInTheContainer, "features.0", (8, 8)),
@@ -235,6 +255,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int]]] = {
         "inner.members.0.features + inner.members.1.features + inner.members.2.features",
         (8, 8),
     ),
+    "pools beside its features": (PoolsBesideItsFeatures, "base.encoder", (8, 8)),
     "list of features": (TupleOfFeatures, "stages", (4, 4)),
 }
 # To first order only: the gradient through the pooling's own weights is part of the map.

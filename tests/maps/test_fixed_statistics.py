@@ -173,3 +173,10 @@ def test_half_precision_and_autocast(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         maps = explain(model, images, 1)
     torch.testing.assert_close(maps.difference, exact.difference, rtol=0.05, atol=0.01)
+
+
+def test_what_is_behind_a_norm_may_work_in_place() -> None:
+    torch.manual_seed(0)
+    head = nn.LayerNorm(8), nn.Hardswish(inplace=True), nn.Linear(8, 2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head)
+    assert explain(model.double(), IMAGES, 1).difference.isfinite().all()
