@@ -152,7 +152,7 @@ def identity(loaded: LoadedModel) -> dict[str, Any]:
         "sha256": loaded.sha256,
         "architecture": loaded.architecture,
         "arguments": loaded.arguments,
-        "target_layer": loaded.target_layer.name,
+        "target_layer": str(loaded.target_layer),
     }
 
 

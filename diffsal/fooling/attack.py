@@ -120,7 +120,7 @@ def fool(
         arguments=loaded.arguments,
         classes=index.classes,
         preprocessing=preprocessing,
-        target_layer=layer.name,
+        target_layer=str(layer),
         fooling=attack,
     )
     return {"out": str(out), **attack, **outcome}

@@ -62,10 +62,10 @@ def layer_table(model: nn.Module, image: Tensor) -> list[LayerRow]:
 def _row(model: nn.Module, candidate: Candidate, image: Tensor, chosen: bool) -> LayerRow:
     grid, exactness = candidate.layout.grid, None
     try:
-        layer = get_target_layer(model, candidate.name, image)
+        layer = get_target_layer(model, str(candidate), image)
         maps = explain(model, image, target_layers=layer)
         grid = tuple(maps.true.shape[1:])
         exactness = float(maps.residual.abs() / maps.margin.abs().clamp(min=1e-12))
     except DiffsalError:  # told by the dash in the table
         pass
-    return LayerRow(candidate.name, str(candidate.layout), grid, exactness, chosen)
+    return LayerRow(str(candidate), str(candidate.layout), grid, exactness, chosen)

@@ -54,6 +54,11 @@ _HOLLOW_TRIES = 3  # sizes of noise that a copy without memory is tried on
 _COVERED = 1e-3  # of the gradient at the patches, what may bypass a layer within a block
 
 
+def called(name: str, call: int | None) -> str:
+    """A layer's name and, where it runs several times, which of its calls: ``act#3``."""
+    return name if call is None else f"{name}#{call}"
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A tensor over space that ran.
@@ -61,6 +66,7 @@ class Candidate:
     Attributes:
         name: of the outermost module that returned it.
         place: which part of that module's output it is.
+        call: which of the module's calls it was, from 1, where it ran several times.
         layout: how it lies over the image.
         is_sure: whether the layout is: the shape leaves no choice, or its cells move with the image
             under them.
@@ -70,10 +76,14 @@ class Candidate:
 
     name: str
     place: Place
+    call: int | None
     layout: Layout
     is_sure: bool
     carries_all: bool
     alive: float
+
+    def __str__(self) -> str:
+        return called(self.name, self.call)
 
 
 @dataclass(frozen=True)
@@ -221,7 +231,7 @@ def _look(record: RunRecord, model: nn.Module) -> Look:
         return Look((single,), candidates)
     branches = _branches(found, record)
     if len({record.graph.images_behind(_vertex(seen)) for seen, _ in branches}) > 1:
-        names = ", ".join(one.name for _, one in branches)
+        names = ", ".join(str(one) for _, one in branches)
         return Look(
             (),
             candidates,
@@ -231,7 +241,7 @@ def _look(record: RunRecord, model: nn.Module) -> Look:
         return Look(tuple(one for _, one in branches), candidates)
     if single is not None:
         return Look((single,), candidates)
-    return Look((), candidates, _why_none(record, candidates))
+    return Look((), candidates, _why_none(candidates))
 
 
 def _why_no_gradient(model: nn.Module) -> str:
@@ -240,22 +250,10 @@ def _why_no_gradient(model: nn.Module) -> str:
     return "no gradient leads from the logits to the image"
 
 
-def _why_none(record: RunRecord, candidates: Sequence[Candidate]) -> str:
+def _why_none(candidates: Sequence[Candidate]) -> str:
     """Why no layer could be chosen."""
     if any(one.carries_all for one in candidates) and not any(one.alive for one in candidates):
         return "the logits change with no feature map, as their gradient is zero on this input,"
-    again = [
-        (name, count)
-        for seen in record.seen
-        for name in seen.names[-1:]
-        if (count := record.calls[name]) > 1 and record.graph.depends_on(seen.vertex)
-    ]
-    if again:
-        name, count = again[-1]
-        return (
-            f"layer {name!r} runs {count} times, so that its maps would not be of one image or one "
-            "depth, and no feature map over space that the logits pass through was found"
-        )
     return "no feature map over space that the logits pass through was found"
 
 
@@ -263,16 +261,15 @@ def _candidates(record: RunRecord, model: nn.Module) -> Iterator[tuple[Seen, Can
     before: list[Layout] = []  # latest first
     for seen in record.seen:
         layout, is_sure = _layout(seen, record, before)
-        name, place = _outermost(seen, record, model)
-        if layout is None or name is None:
+        module = _outermost(seen, record, model)
+        if layout is None or module is None:
             continue
         if is_sure:
             before.insert(0, layout)
         yield (
             seen,
             Candidate(
-                name,
-                place,
+                *module,
                 layout,
                 is_sure,
                 record.graph.is_dominated_by(seen.vertex),
@@ -305,21 +302,26 @@ def _layout(seen: Seen, record: RunRecord, before: Sequence[Layout]) -> tuple[La
     return possible[0], math.isnan(surely[0]) and is_usual
 
 
-def _outermost(seen: Seen, record: RunRecord, model: nn.Module) -> tuple[str | None, Place]:
-    """The last module that returned a tensor, of those that ran once and do not pool.
+def _outermost(
+    seen: Seen, record: RunRecord, model: nn.Module
+) -> tuple[str, Place, int | None] | None:
+    """The last module that returned a tensor, of those that do not pool, and at which call.
 
-    One that made something of it first, which the logits depend on, is none; one that returned it
-    alone goes before one that returned it among others.
+    One that made something of it first, which the logits depend on, is none. One that ran once goes
+    before one that ran again, and one that returned it alone before one that returned it among
+    others.
     """
-    usable: list[tuple[str | None, Place]] = [
-        (name, place)
-        for name, place, vertex in zip(seen.names, seen.places, seen.vertices, strict=True)
-        if record.calls[name] == 1
-        and record.graph.carry_the_same(vertex, seen.vertex)
+    usable: list[tuple[str, Place, int | None]] = [
+        (name, place, None if record.calls[name] == 1 else call)
+        for name, place, vertex, call in zip(
+            seen.names, seen.places, seen.vertices, seen.calls, strict=True
+        )
+        if record.graph.carry_the_same(vertex, seen.vertex)
         and not isinstance(model.get_submodule(name), _POOLING)
     ]
-    alone = [one for one in usable if one[1] is None]
-    return (alone or usable or [(None, None)])[-1]
+    once = [one for one in usable if one[2] is None] or usable
+    alone = [one for one in once if one[1] is None] or once
+    return alone[-1] if alone else None
 
 
 def _alive(seen: Seen, layout: Layout) -> float:

@@ -48,6 +48,7 @@ class Seen:
         places: within each of their outputs.
         vertices: of what each of the modules handed on: a node of the graph, and which of its
             outputs; ``None``: it has none.
+        calls: which of each module's calls it was, from 1.
         gradient: of the first image's scores, once differentiated.
     """
 
@@ -55,6 +56,7 @@ class Seen:
     names: list[str]
     places: list[Place]
     vertices: "list[Vertex | None]"
+    calls: list[int]
     gradient: Tensor | None = None
 
     @property
@@ -294,7 +296,7 @@ class _Recorder:
         if not tensor.requires_grad:  # made without a graph: as far back as gradients can lead
             tensor = tensor.detach().requires_grad_()
             self.sinks.append(tensor)
-        self.seen.append(Seen(tensor, [], [], []))
+        self.seen.append(Seen(tensor, [], [], [], []))
         return tensor, self.seen[-1]
 
     def _handed_on(self, tensor: Tensor, seen: Seen, name: str, place: Place) -> Tensor:
@@ -303,6 +305,7 @@ class _Recorder:
         seen.names.append(name)
         seen.places.append(place)
         seen.vertices.append(_vertex(clone))
+        seen.calls.append(self.calls[name])
         self._clones.append(clone)  # kept, so that no other tensor gets its id
         self._by_clone[id(clone)] = seen, clone._version
         return clone

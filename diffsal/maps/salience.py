@@ -126,6 +126,7 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         self._squashes: list[Recorded] = []
         self._image: tuple[int, ...] | None = None
         self._activations: list[Tensor | None] = [None] * len(self._layers)
+        self._calls = [0] * len(self._layers)
         self._stack = ExitStack()
         self._open = False
         self._trains = True
@@ -139,11 +140,10 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
                 stack.enter_context(torch.inference_mode(False))
                 stack.enter_context(torch.no_grad())
             for index, layer in enumerate(self._layers):
-                handle = layer.module.register_forward_hook(self._hook(index, layer))
-                stack.callback(handle.remove)
+                stack.callback(layer.module.register_forward_hook(self._hook(index, layer)).remove)
             for norm in self._norms:
                 stack.callback(norm.register_forward_hook(self._hold).remove)
-            note = self._model.register_forward_pre_hook(self._note_image, with_kwargs=True)
+            note = self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
             stack.callback(note.remove)
             if self._trains:  # the fused attentions cannot be differentiated twice
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -196,12 +196,11 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
     def _combined(self, maps: list[Tensor]) -> Tensor:
         """One map of those of all layers: branches are added, alternatives averaged."""
         remaining = iter(maps)
-        return mean_over_layers(
-            [
-                sum_over_branches([next(remaining) for _ in (layer, *layer.branches)])
-                for layer in self._alternatives
-            ]
-        )
+        sums = [
+            sum_over_branches([next(remaining) for _ in (layer, *layer.branches)])
+            for layer in self._alternatives
+        ]
+        return mean_over_layers(sums)
 
     def _hook(self, index: int, layer: TargetLayer) -> Callable[[nn.Module, Any, Any], Tensor]:
         def record(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -211,6 +210,9 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
                     f"layer {layer.name!r} returns a {type(output).__name__}, not a tensor: "
                     "name a layer that returns its feature map alone"
                 )
+            self._calls[index] += 1
+            if layer.call not in (None, self._calls[index]):
+                return None
             if self._activations[index] is not None:
                 raise DiffsalError(
                     f"layer {layer.name!r} ran twice before its maps were taken: it is shared, "
@@ -238,7 +240,9 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
             self._behind.append(module)
         return result
 
-    def _note_image(self, module: nn.Module, inputs: Any, named: Any) -> None:
+    def _begin(self, module: nn.Module, inputs: Any, named: Any) -> None:
+        """At the start of each forward pass: what is counted and measured in it."""
+        self._calls = [0] * len(self._layers)
         images = [one for one in (*inputs, *named.values()) if is_image(one)]
         self._image = tuple(images[0].shape[2:]) if images else None
 
@@ -338,11 +342,10 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
     def _finish(
         self, found: ModelScores, scores: Contrast, true_map: Tensor, false_map: Tensor
     ) -> SalienceMaps:
-        logits = found.logits
         maps = SalienceMaps(
             true=true_map,
             false=false_map,
-            logits=logits if logits.ndim == 2 else logits[:, None],
+            logits=found.logits if found.logits.ndim == 2 else found.logits[:, None],
             true_score=scores.true_score,
             false_score=scores.false_score,
             true_class=scores.true_class,

@@ -7,7 +7,7 @@ from torch import nn
 
 from diffsal.errors import DiffsalError
 from diffsal.maps.layouts import Layout, Reshape
-from diffsal.maps.looking import Candidate, Example, Look, has_module, look_at
+from diffsal.maps.looking import Candidate, Example, Look, called, has_module, look_at
 from diffsal.maps.run_record import Place
 
 BRANCHES = " + "
@@ -28,6 +28,7 @@ class TargetLayer:
         reshape: brings the layer's output to (B, C, h, w); ``None`` where it is so already.
         place: which part of the layer's output it is, an index or a key; ``None``: all of it.
         branches: further layers beside this one, whose maps are added to its.
+        call: which of its calls in one forward pass is meant, from 1; ``None``: it runs once.
 
     Example:
         >>> import torch
@@ -41,9 +42,10 @@ class TargetLayer:
     reshape: Reshape | None = None
     place: Place = None
     branches: "tuple[TargetLayer, ...]" = ()
+    call: int | None = None
 
     def __str__(self) -> str:
-        return BRANCHES.join(one.name for one in (self, *self.branches))
+        return BRANCHES.join(called(one.name, one.call) for one in (self, *self.branches))
 
 
 def unwrap(model: nn.Module) -> tuple[str, nn.Module]:
@@ -97,7 +99,8 @@ def get_target_layer(
 
     Args:
         model: on its device.
-        name: dotted; of branches, several names with `` + `` between them.
+        name: dotted; of branches, several names with `` + `` between them; ``NAME#3`` is the third
+            call of a layer that runs several times.
         example: see :func:`find_target_layer`.
         reshape: what brings the output to (B, C, h, w), where that is known better.
 
@@ -116,15 +119,16 @@ def get_target_layer(
         return replace(first, branches=tuple(others))
     prefix, inner = unwrap(model)
     modules = {key: module for key, module in inner.named_modules() if key}
-    key = name.removeprefix(prefix)
-    if key not in modules:
+    key, _, number = name.removeprefix(prefix).partition("#")
+    call = int(number) if number.isdecimal() else None
+    if key not in modules or (number and not call):
         near = difflib.get_close_matches(key, modules, n=4, cutoff=0.4)
         hint = ", ".join(near) or ", ".join(child for child, _ in inner.named_children())
         raise DiffsalError(f"the model has no layer {name!r}: near it are {hint}")
-    layer = TargetLayer(prefix + key, modules[key], reshape)
+    layer = TargetLayer(prefix + key, modules[key], reshape, call=call)
     if reshape is not None or isinstance(modules[key], _CERTAIN):
         return layer
-    found = _named(_what_is_seen(inner, example), inner, modules[key])
+    found = _named(_what_is_seen(inner, example), inner, modules[key], call)
     if found is None:  # where its output is no (B, C, h, w), the capture says so
         return layer
     return replace(layer, place=found.place, reshape=_reshape(found.layout))
@@ -158,6 +162,7 @@ def _as_layer(model: nn.Module, prefix: str, candidate: Candidate) -> TargetLaye
         model.get_submodule(candidate.name),
         _reshape(candidate.layout),
         candidate.place,
+        call=candidate.call,
     )
 
 
@@ -165,8 +170,8 @@ def _reshape(layout: Layout) -> Reshape | None:
     return None if layout.kind == "channels-first" else layout
 
 
-def _named(look: Look, model: nn.Module, module: nn.Module) -> Candidate | None:
-    found = [one for one in look.candidates if has_module(model, one.name)]
+def _named(look: Look, model: nn.Module, module: nn.Module, call: int | None) -> Candidate | None:
+    found = [one for one in look.candidates if has_module(model, one.name) and one.call == call]
     of_module = [one for one in found if model.get_submodule(one.name) is module]
     chosen = [one for one in look.chosen if one in of_module]
     return next(reversed(chosen or of_module), None)

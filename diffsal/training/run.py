@@ -130,7 +130,7 @@ def new_model(index: Index, config: TrainingConfig) -> tuple[nn.Module, dict[str
         "arguments": arguments,
         "classes": index.classes,
         "preprocessing": config.preprocessing(base),
-        "target_layer": config.target_layer or find_target_layer(model).name,
+        "target_layer": config.target_layer or str(find_target_layer(model)),
     }
 
 
@@ -233,7 +233,7 @@ def _saved_model(path: Path, config: TrainingConfig) -> tuple[nn.Module, dict[st
         "arguments": loaded.arguments,
         "classes": loaded.classes,
         "preprocessing": loaded.preprocessing,
-        "target_layer": loaded.target_layer.name,
+        "target_layer": str(loaded.target_layer),
     }
 
 

@@ -214,6 +214,19 @@ class TupleOfFeatures(nn.Module):
         return self.fc(self.stages(x)[-1].mean((2, 3)))
 
 
+class OneActivation(nn.Module):
+    """The same module runs behind every convolution, the last feature map included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.SiLU()
+        self.first, self.last = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 2, 1)
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.act(self.last(self.act(self.first(x)))).mean((2, 3)))
+
+
 class PoolsBesideItsFeatures(nn.Module):
     """As transformers' base models: features are returned with what was pooled from them."""
 
@@ -255,6 +268,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int]]] = {
         "inner.members.0.features + inner.members.1.features + inner.members.2.features",
         (8, 8),
     ),
+    "one activation everywhere": (OneActivation, "act#2", (8, 8)),
     "pools beside its features": (PoolsBesideItsFeatures, "base.encoder", (8, 8)),
     "list of features": (TupleOfFeatures, "stages", (4, 4)),
 }
@@ -346,9 +360,31 @@ class Siamese(nn.Module):
         return self.fc((pooled[0] - pooled[1]).abs())
 
 
-def test_a_siamese_pair_is_refused_with_a_way_on() -> None:
-    with pytest.raises(DiffsalError, match=r"runs 2 times.*one image"):
-        explain(Siamese().double().eval(), (images(), images(1)))
+def test_of_a_siamese_pair_one_image_has_to_be_named() -> None:
+    model = Siamese().double().eval()
+    pair = images(), images(1)
+    with pytest.raises(DiffsalError, match=r"several images.*backbone#1, backbone#2.*name"):
+        explain(model, pair)
+    first, second = (explain(model, pair, 1, target_layers=f"backbone#{call}") for call in (1, 2))
+    swapped = explain(model, pair[::-1], 1, target_layers="backbone#1")
+    torch.testing.assert_close(swapped.difference, second.difference)
+    bias = model.fc.bias[1] - model.fc.bias[0]
+    total = (first.difference + second.difference).sum((1, 2)) + bias
+    torch.testing.assert_close(total.detach(), first.margin)
+    with pytest.raises(DiffsalError, match="ran twice"):
+        explain(model, pair, 1, target_layers="backbone")
+
+
+def test_a_forward_pass_that_failed_does_not_shift_the_calls() -> None:
+    model = OneActivation().double().eval()
+    expected = explain(model, images(), 1)
+    with torch.no_grad(), capture(model, "act#2") as captured:
+        failing = model.last.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(images())
+        failing.remove()
+        maps = captured.maps(model(images()), 1)
+    torch.testing.assert_close(maps.difference, expected.difference)
 
 
 class PairOfStreams(nn.Module):

@@ -69,11 +69,11 @@ _NAMED: dict[str, dict[Head, str]] = {
         """,
         "first order": """
         caformer_s18 cait_xxs24_224 coat_lite_tiny coat_tiny convformer_s18 convit_tiny
-        crossvit_tiny_240 csatv2 deit_tiny_distilled_patch16_224 deit_tiny_patch16_224
+        csatv2 deit_tiny_distilled_patch16_224 deit_tiny_patch16_224
         efficientvit_b0 fasternet_t0 flexivit_small ghostnet_050 ghostnetv2_100
         hardcorenas_a hgnet_tiny hgnetv2_b0 inception_next_atto lcnet_035 mambaout_femto
         maxvit_pico_rw_256 mobilenetv3_small_050 mobilenetv4_conv_small_035 pit_ti_224
-        pit_ti_distilled_224 repghostnet_050 test_vit tnt_s_patch16_224 vgg11
+        pit_ti_distilled_224 repghostnet_050 test_vit vgg11
         vit_base_patch16_siglip_224 vit_small_patch16_dinov3 vit_tiny_patch16_224
         volo_d1_224 xcit_nano_12_p16_224
         """,
@@ -101,22 +101,13 @@ _NAMED: dict[str, dict[Head, str]] = {
         """,
     },
 }
-_VIDEO: dict[str, tuple[Head, dict[str, Any], tuple[int, ...]]] = {
-    "r3d_18": ("pooled", {}, (3, 8, 48, 48)),
-    "mc3_18": ("pooled", {}, (3, 8, 48, 48)),
-    "r2plus1d_18": ("pooled", {}, (3, 8, 48, 48)),
-    "s3d": ("pooled", {}, (3, 16, 96, 96)),
-    "swin3d_t": ("pooled", {}, (3, 8, 64, 64)),
-    "mvit_v1_b": (
-        "first order",
-        {"spatial_size": (64, 64), "temporal_size": 8},
-        (3, 8, 64, 64),
-    ),
-    "mvit_v2_s": (
-        "first order",
-        {"spatial_size": (64, 64), "temporal_size": 8},
-        (3, 8, 64, 64),
-    ),
+_VIDEO: dict[str, tuple[Head, tuple[int, ...]]] = {
+    "r3d_18": ("pooled", (3, 8, 48, 48)),
+    "mc3_18": ("pooled", (3, 8, 48, 48)),
+    "r2plus1d_18": ("pooled", (3, 8, 48, 48)),
+    "s3d": ("pooled", (3, 16, 224, 224)),
+    "swin3d_t": ("pooled", (3, 8, 64, 64)),
+    "mvit_v2_s": ("first order", (3, 16, 224, 224)),
 }
 _TINY_VIT = {
     "hidden_size": 32,
@@ -130,7 +121,7 @@ _TINY_DINO = {key: _TINY_VIT[key] for key in list(_TINY_VIT)[:3]} | {"image_size
 _TRANSFORMERS: dict[str, tuple[Head, dict[str, Any]]] = {
     "resnet": ("pooled", {"embedding_size": 8, **_TINY_STAGES}),
     "vit": ("first order", _TINY_VIT),
-    "deit": ("first order", _TINY_VIT),
+    "deit": ("first order", _TINY_VIT | {"architectures": ["DeiTForImageClassification"]}),
     "beit": ("pooled", _TINY_VIT),
     "data2vec-vision": ("pooled", _TINY_VIT),
     "dinov2": ("first order", _TINY_DINO),
@@ -142,7 +133,13 @@ _TRANSFORMERS: dict[str, tuple[Head, dict[str, Any]]] = {
     "donut-swin": ("pooled", _TINY_SWIN),
     "efficientnet": (
         "pooled",
-        {"image_size": 128, "width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640},
+        {
+            "image_size": 128,
+            "width_coefficient": 0.5,
+            "depth_coefficient": 0.5,
+            "hidden_dim": 640,
+            "initializer_range": 0.2,
+        },
     ),
     "mobilenet_v1": ("pooled", {}),
     "mobilenet_v2": ("pooled", {}),
@@ -150,7 +147,7 @@ _TRANSFORMERS: dict[str, tuple[Head, dict[str, Any]]] = {
     "mobilevitv2": ("pooled", {}),
     "regnet": ("pooled", {}),
     "bit": ("pooled", {}),
-    "levit": ("pooled", {}),
+    "levit": ("pooled", {"architectures": ["LevitForImageClassification"]}),
     "cvt": ("first order", {}),
     "focalnet": ("pooled", {}),
     "poolformer": ("pooled", {}),
@@ -165,7 +162,15 @@ _TRANSFORMERS: dict[str, tuple[Head, dict[str, Any]]] = {
     "vit_msn": ("first order", _TINY_VIT),
     "ijepa": ("pooled", _TINY_VIT),
     "hgnet_v2": ("first order", {}),
-    "perceiver": ("refused", {"num_latents": 8, "d_latents": 16, "num_blocks": 1}),
+    "perceiver": (
+        "first order",
+        {
+            "num_latents": 8,
+            "d_latents": 16,
+            "num_blocks": 1,
+            "architectures": ["PerceiverForImageClassificationLearned"],
+        },
+    ),
 }
 
 
@@ -176,12 +181,12 @@ def _timm(name: str) -> nn.Module:
     return timm.create_model(name, num_classes=2, **shallow)
 
 
-def _torchvision(name: str, **arguments: Any) -> nn.Module:
+def _torchvision(name: str) -> nn.Module:
     from torchvision import models
 
-    if name in ("googlenet", "inception_v3"):
-        arguments["init_weights"] = False  # they take half a minute
-    return models.get_model(name, weights=None, num_classes=2, **arguments)
+    # The initialisation of these two takes half a minute.
+    skips = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, num_classes=2, **skips)
 
 
 def _pytorchcv(name: str) -> nn.Module:
@@ -206,7 +211,7 @@ def _transformer(name: str, arguments: dict[str, Any]) -> nn.Module:
 def _monai() -> Iterator[Family]:
     nets = "monai.networks.nets"
     small = {"hidden_size": 48, "mlp_dim": 64, "num_layers": 2, "num_heads": 2, "num_classes": 2}
-    for axes, side in ((2, 64), (3, 32)):
+    for axes, side in ((2, 64), (3, 64)):
         image = (side,) * axes
         common = {"spatial_dims": axes, "in_channels": 1, "num_classes": 2}
         blocks = "efficientnet-b0"
@@ -248,11 +253,14 @@ def _all() -> Iterator[Family]:
         for head, names in by_head.items():
             for name in names.split():
                 yield Family(library, name, _calls(__name__, f"_{library}", name), head)
+    for name in ("crossvit_tiny_240", "tnt_s_patch16_224"):  # patches and classes part early
+        reason = "no feature map over space that the logits pass through"
+        yield Family("timm", name, _calls(__name__, "_timm", name), "refused", reason)
     for name, (head, arguments) in _TRANSFORMERS.items():
         make = _calls(__name__, "_transformer", name, arguments)
-        yield Family("transformers", name, make, head, "pass example=" if head == "refused" else "")
-    for name, (head, arguments, shape) in _VIDEO.items():
-        make = _calls(__name__, "_torchvision", name, **arguments)
+        yield Family("transformers", name, make, head)
+    for name, (head, shape) in _VIDEO.items():
+        make = _calls(__name__, "_torchvision", name)
         yield Family("torchvision", name, make, head, shape=shape)
     yield from _monai()
     make = _calls(__name__, "_efficientnet_pytorch")

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from models.zoo.families import FAMILIES, QUICK, Family
-from models.zoo.observing import complaints, observe
+from models.zoo.observing import IN_PLACE, complaints, in_place, observe
 from torch import nn
 
 _FAMILIES = [
@@ -27,15 +28,15 @@ def test_what_runs_by_default_exists():
 class _Net(nn.Module):
     """A pooled head, with ways in which maps can go wrong."""
 
-    def __init__(self, skips: bool = False, transposes: bool = False, bends: bool = False) -> None:
+    def __init__(self, skips: bool = False, bends: bool = False) -> None:
         super().__init__()
-        self.skips, self.transposes, self.bends = skips, transposes, bends
+        self.skips, self.bends = skips, bends
         self.features = nn.Conv2d(3, 8, 8, 8)
         self.fc = nn.Linear(8, 2)
         self.around = nn.Linear(3, 2)
 
     def forward(self, images):
-        features = self.features(images.mT if self.transposes else images)
+        features = self.features(images)
         logits = self.fc(features.mean((2, 3)))
         logits = logits.square() if self.bends else logits
         return logits + self.around(images.mean((2, 3))) if self.skips else logits
@@ -46,7 +47,6 @@ class _Net(nn.Module):
     [
         ({}, []),
         ({"bends": True}, ["the residual varies"]),
-        ({"transposes": True}, ["cells move with what is under them"]),
     ],
 )
 def test_the_measures_see_what_is_wrong(flaw, complaint):
@@ -61,3 +61,11 @@ def test_what_goes_around_every_layer_is_refused():
     seen = observe(family)
     assert complaints(family, seen) == []
     assert complaints(replace(family, head="pooled"), seen) == [f"refused: {seen.message}"]
+
+
+def test_a_transposed_grid_is_out_of_place():
+    features = torch.zeros(7, 2, 6, 6)
+    for index, (top, left) in enumerate([(0, 0), (0, 3), (3, 0), (3, 3)]):
+        features[3 + index, :, top : top + 3, left : left + 3] = 1
+    assert in_place(features) == 1
+    assert in_place(features.mT) == 0.5 < IN_PLACE
