@@ -4,7 +4,7 @@ A weights file can name no code but torchvision's and timm's own architectures."
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from diffsal.models.fitting import (
     assign,
     current_names,
     fit_head,
+    fit_stem,
+    input_channels,
     strip_wrappers,
     without_initialization,
 )
@@ -223,6 +225,7 @@ def _load(path: Path, arch: str | None, target_layer: str | None) -> LoadedModel
     state, notes = strip_wrappers(contents.state, model)
     if is_torchvisions:
         state = current_names(state, model)
+        fit_stem(model, state)
         outputs, head_notes = fit_head(model, state)
         arguments = {**arguments, "num_classes": outputs}
         notes += head_notes
@@ -230,7 +233,10 @@ def _load(path: Path, arch: str | None, target_layer: str | None) -> LoadedModel
 
     if is_torchvisions and not recorded:
         notes += undecided(model)
+    channels = input_channels(model)
     preprocessing = contents.preprocessing or usual_preprocessing(model)
+    if channels != 3:
+        preprocessing = replace(preprocessing or Preprocessing(), channels=channels)
     if contents.preprocessing is None:
         notes.append(preprocessing_note(preprocessing or Preprocessing()))
     if contents.classes is None:

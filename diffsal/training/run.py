@@ -24,6 +24,7 @@ from diffsal.maps.contrast import class_count
 from diffsal.maps.target_layers import find_target_layer, get_target_layer
 from diffsal.models.architectures import build_model, redraw_fresh_layers
 from diffsal.models.checkpoints import check_class_order, load_model, save_checkpoint
+from diffsal.models.fitting import fit_stem, input_channels
 from diffsal.system.devices import choose_device, process_rank
 from diffsal.system.files import replacing
 from diffsal.training.config import TrainingConfig
@@ -124,12 +125,13 @@ def new_model(index: Index, config: TrainingConfig) -> tuple[nn.Module, dict[str
         architecture, base = loaded.architecture, loaded.preprocessing
         arguments = {**_with_classes(architecture, loaded.arguments, index), **config.arguments}
         model = build_model(architecture, arguments)
+        fit_stem(model, loaded.model.state_dict())
         _copy_weights(loaded.model, model)
     return model, {
         "architecture": architecture,
         "arguments": arguments,
         "classes": index.classes,
-        "preprocessing": config.preprocessing(base),
+        "preprocessing": replace(config.preprocessing(base), channels=input_channels(model)),
         "target_layer": config.target_layer or find_target_layer(model).name,
     }
 

@@ -150,3 +150,27 @@ def test_version_and_help():
     for command in ("explain", "train", "fool", "audit", "demo"):
         assert command in commands
         assert "--debug" in run(command, "--help").stdout
+
+
+GREY = """
+from torch import nn
+
+def net():
+    head = nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 2)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), *head)
+"""
+
+
+def test_a_grey_network_by_every_command(folder, monkeypatch):
+    Path("grey_net.py").write_text(GREY)
+    monkeypatch.syspath_prepend(folder)
+    own = ["--weights", "none", "--size", 32, "--epochs", 2, "--device", "cpu"]
+    arch = ["--arch", "grey_net:net"]
+    run("train", "index.csv", *arch, *own, "--method", "contrast", "--out", "run")
+    model = ["--model", "run/best.pt", *arch, "--device", "cpu"]
+    manifest = json.loads(run("explain", "1.png", *model, "--json").stdout)
+    assert manifest["preprocessing"]["channels"] == len(manifest["preprocessing"]["mean"]) == 1
+    run("audit", "index.csv", *model, "--subset", 2, "--out", "audit")
+    run("fool", "index.csv", *model, "--epochs", 1, "--out", "fooled.pt")
+    again = ["--weights", "run/best.pt", "--size", 32, "--epochs", 1, "--device", "cpu"]
+    run("train", "index.csv", *arch, *again, "--method", "cross-entropy", "--out", "again")
