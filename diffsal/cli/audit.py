@@ -58,7 +58,10 @@ def audit(
 
     check_writable(out)
     loaded, preprocessing = options.load_with_preprocessing(**given)
-    other = load_model(reference, arch=reference_arch) if reference else None
+    trusted = given["trust_arguments"]
+    other = (
+        load_model(reference, arch=reference_arch, trust_arguments=trusted) if reference else None
+    )
     settings = Settings(
         preprocessing=preprocessing,
         device=choose_device(given["device"]),

@@ -107,6 +107,11 @@ def model(command: Command) -> Command:
             help="Architecture, where the file does not tell: a name in torchvision, timm:NAME, "
             "or package.module:factory.",
         ),
+        click.option(
+            "--trust-arguments",
+            is_flag=True,
+            help="Call package.module:factory with the arguments that the file holds.",
+        ),
         classes("Class names, in order of outputs."),
         click.option("--target-layer", metavar="NAME", help="Layer of the maps.  [default: found]"),
         click.option(
@@ -134,7 +139,8 @@ def load_with_preprocessing(
     from diffsal.data.preprocessing import Preprocessing
     from diffsal.models.checkpoints import check_class_order, load_model
 
-    loaded = load_model(model, arch=arch, target_layer=target_layer)
+    trusted = given["trust_arguments"]
+    loaded = load_model(model, arch=arch, target_layer=target_layer, trust_arguments=trusted)
     if given["classes"]:
         check_class_order(loaded, given["classes"], "--classes")
     for note in loaded.notes:

@@ -18,6 +18,8 @@ INCEPTIONS = ("googlenet", "inception_v3")
 # Arguments by which a constructor would fetch or open other files.
 _FETCHING = re.compile(r"weights(_backbone)?|(cache|checkpoint|pretrained)(_.*)?")
 
+_OWN_ARGUMENTS = ("num_classes", "transform_input")
+
 
 def build_model(
     architecture: str, arguments: Mapping[str, Any], *, weights: str | None = None
@@ -93,6 +95,38 @@ def qualified(architecture: str) -> str:
         ('torchvision:densenet121', 'timm:resnet18')
     """
     return architecture if ":" in architecture else f"torchvision:{architecture}"
+
+
+def check_confirmed(
+    architecture: str, arguments: Mapping[str, Any], trusted: bool | Mapping[str, Any]
+) -> None:
+    """Refuse a file's arguments for a factory, unless they are confirmed.
+
+    The number of classes and ``transform_input``, which diffsal itself writes, need no word.
+
+    Raises:
+        DiffsalError: there are others; the message shows them.
+
+    Example:
+        >>> check_confirmed("own:net", {"num_classes": 2, "width": 8}, {"width": 8})
+        >>> check_confirmed("own:net", {"width": 8}, False)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        diffsal.errors.DiffsalError: has own:net called with width=8: if that is meant, pass ...
+    """
+    if trusted is True or architecture.startswith(("torchvision:", "timm:")):
+        return
+    meant = trusted or {}
+    shown = [
+        f"{name}={value!r}"[:60]
+        for name, value in arguments.items()
+        if not (name in _OWN_ARGUMENTS and isinstance(value, int))
+        and not (name in meant and meant[name] == value)
+    ]
+    if shown:
+        raise DiffsalError(
+            f"has {architecture} called with {', '.join(shown)}: if that is meant, pass "
+            "--trust-arguments (to diffsal train, the same arguments)"
+        )
 
 
 def check_origin(architecture: str, arguments: Mapping[str, Any], *, chosen_by_user: bool) -> None:

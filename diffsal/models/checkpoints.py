@@ -14,7 +14,7 @@ from torch import nn
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.maps.target_layers import TargetLayer, find_target_layer, get_target_layer
-from diffsal.models.architectures import build_model, check_origin, qualified
+from diffsal.models.architectures import build_model, check_confirmed, check_origin, qualified
 from diffsal.models.fitting import (
     assign,
     current_names,
@@ -66,7 +66,11 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, *, arch: str | None = None, target_layer: str | None = None
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    target_layer: str | None = None,
+    trust_arguments: bool | Mapping[str, Any] = False,
 ) -> LoadedModel:
     """Load a model from a file of weights.
 
@@ -76,6 +80,8 @@ def load_model(
         arch: the architecture, where the file does not tell, as for `build_model`; a factory is
             called with the checkpoint's arguments, else with ``num_classes`` if it takes that.
         target_layer: dotted name of the layer where maps are taken; found by itself if None.
+        trust_arguments: whether a factory may be called with what arguments a checkpoint holds;
+            a mapping: with these.
 
     Raises:
         DiffsalError: the file is no file of weights, the architecture is not recognized or does not
@@ -96,7 +102,7 @@ def load_model(
         'the file does not name the classes (--classes)'
     """
     try:
-        return _load(Path(path), arch, target_layer)
+        return _load(Path(path), arch, target_layer, trust_arguments)
     except DiffsalError as error:
         raise DiffsalError(f"{path}: {error}") from error
 
@@ -210,7 +216,9 @@ def _contents_of(loaded: Any) -> _Contents:
     return _Contents(state_dict_in(loaded))
 
 
-def _load(path: Path, arch: str | None, target_layer: str | None) -> LoadedModel:
+def _load(
+    path: Path, arch: str | None, target_layer: str | None, trusted: bool | Mapping[str, Any]
+) -> LoadedModel:
     loaded, sha256 = read_weights(path)
     contents = _contents_of(loaded)
     architecture = qualified(arch or contents.architecture or recognize(contents.state))
@@ -219,6 +227,7 @@ def _load(path: Path, arch: str | None, target_layer: str | None) -> LoadedModel
         contents.arguments if recorded else constructor_arguments(architecture, contents.state)
     )
     check_origin(architecture, arguments, chosen_by_user=arch is not None)
+    check_confirmed(architecture, arguments, trusted)
     is_torchvisions = architecture.startswith("torchvision:")
     with without_initialization() if is_torchvisions else nullcontext():
         model = build_model(architecture, arguments)

@@ -120,7 +120,9 @@ def new_model(index: Index, config: TrainingConfig) -> tuple[nn.Module, dict[str
     elif re.fullmatch("[A-Z0-9_]+", config.weights):
         model = build_model(architecture, arguments, weights=config.weights)
     else:
-        loaded = load_model(config.weights, arch=config.architecture)
+        loaded = load_model(
+            config.weights, arch=config.architecture, trust_arguments=config.arguments
+        )
         check_class_order(loaded, index.classes, index.source)
         architecture, base = loaded.architecture, loaded.preprocessing
         arguments = {**_with_classes(architecture, loaded.arguments, index), **config.arguments}
@@ -229,7 +231,7 @@ def _with_classes(architecture: str, arguments: Mapping[str, Any], index: Index)
 
 def _saved_model(path: Path, config: TrainingConfig) -> tuple[nn.Module, dict[str, Any]]:
     """The same from a run's checkpoint."""
-    loaded = load_model(path, arch=config.architecture)
+    loaded = load_model(path, arch=config.architecture, trust_arguments=config.arguments)
     return loaded.model, {
         "architecture": loaded.architecture,
         "arguments": loaded.arguments,

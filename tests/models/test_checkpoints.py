@@ -159,7 +159,10 @@ def test_factory_of_a_checkpoint_needs_the_users_word(factories, tmp_path, rejec
     sys.modules.pop(factories)
     rejects(path, f"if you trust {arch}, pass --arch {arch}")
     assert factories not in sys.modules
-    loaded = load_model(path, arch=arch)
+    rejects(path, f"has {arch} called with width=9: .*--trust-arguments", arch=arch)
+    rejects(path, "called with width=9", arch=arch, trust_arguments={"width": 8})
+    assert load_model(path, arch=arch, trust_arguments={"width": 9}).arguments == arguments
+    loaded = load_model(path, arch=arch, trust_arguments=True)
     assert loaded.arguments == arguments
     assert same_outputs(model, loaded.model)
 
