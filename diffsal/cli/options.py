@@ -100,7 +100,7 @@ def classes(help_text: str) -> Callable[[Command], Command]:
 def model(command: Command) -> Command:
     """What it takes to load any model and feed it."""
     options = [
-        click.option("--model", required=True, type=FILE, help="Weights file."),
+        click.option("--model", required=True, type=FILE, help="Weights file, or hub folder."),
         click.option(
             "--arch",
             metavar="NAME",

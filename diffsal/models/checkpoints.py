@@ -24,6 +24,7 @@ from diffsal.models.fitting import (
     strip_wrappers,
     without_initialization,
 )
+from diffsal.models.folders import is_folder_of_hub, read_folder
 from diffsal.models.reading import State, read_weights, state_dict_in, tensors_in
 from diffsal.models.recognition import (
     constructor_arguments,
@@ -72,11 +73,12 @@ def load_model(
     target_layer: str | None = None,
     trust_arguments: bool | Mapping[str, Any] = False,
 ) -> LoadedModel:
-    """Load a model from a file of weights.
+    """Load a model from a file or folder of weights.
 
     Args:
         path: a ``state_dict`` saved by ``torch.save`` or as safetensors, a training checkpoint that
-            contains one, or a checkpoint of `save_checkpoint`.
+            contains one, or a checkpoint of `save_checkpoint`; or a folder of transformers' or
+            timm's ``save_pretrained``, whose ``config.json`` tells the rest.
         arch: the architecture, where the file does not tell, as for `build_model`; a factory is
             called with the checkpoint's arguments, else with ``num_classes`` if it takes that.
         target_layer: dotted name of the layer where maps are taken; found by itself if None.
@@ -219,8 +221,12 @@ def _contents_of(loaded: Any) -> _Contents:
 def _load(
     path: Path, arch: str | None, target_layer: str | None, trusted: bool | Mapping[str, Any]
 ) -> LoadedModel:
-    loaded, sha256 = read_weights(path)
-    contents = _contents_of(loaded)
+    if is_folder_of_hub(path):
+        parts, sha256 = read_folder(path)
+        contents = _Contents(**parts)
+    else:
+        loaded, sha256 = read_weights(path)
+        contents = _contents_of(loaded)
     architecture = qualified(arch or contents.architecture or recognize(contents.state))
     recorded = contents.architecture is not None
     arguments = (
