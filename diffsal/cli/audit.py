@@ -70,9 +70,10 @@ def audit(
         batch_size=batch_size,
         seed=seed,
     )
-    found = run(
-        options.labelled_index(index, maps, loaded, given), loaded, out, settings, other, overwrite
-    )
+    labelled = options.labelled_index(index, maps, loaded, given)
+    found = run(labelled, loaded, out, settings, other, overwrite)
+    numbers = {one["name"]: one["mean"] for part in found["findings"] for one in part["numbers"]}
+    options.warn_of_order(numbers.get("auroc"), loaded, labelled)
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
     else:

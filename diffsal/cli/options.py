@@ -137,16 +137,35 @@ def load_with_preprocessing(
     from dataclasses import replace
 
     from diffsal.data.preprocessing import Preprocessing
-    from diffsal.models.checkpoints import check_class_order, load_model
+    from diffsal.models.checkpoints import UNNAMED, check_class_order, load_model
 
     trusted = given["trust_arguments"]
     loaded = load_model(model, arch=arch, target_layer=target_layer, trust_arguments=trusted)
     if given["classes"]:
         check_class_order(loaded, given["classes"], "--classes")
     for note in loaded.notes:
+        if note == UNNAMED and given["classes"]:
+            note = _assumed_order(loaded, given["classes"])
         click.echo(f"Note: {note}", err=True)
     chosen = named(**{name: given[name] for name in ("size", "resize", "mean", "std")})
     return loaded, replace(loaded.preprocessing or Preprocessing(), **chosen)
+
+
+def _assumed_order(loaded: LoadedModel, classes: tuple[str, ...]) -> str:
+    if loaded.arguments.get("num_classes") == 1 and len(classes) == 2:
+        return f"assumed: the output is the logit of {classes[1]}, against {classes[0]}"
+    outputs = (f"output {output} = {name}" for output, name in enumerate(classes))
+    return f"assumed: {', '.join(outputs)}"
+
+
+def warn_of_order(auroc: float | None, loaded: LoadedModel, index: Index) -> None:
+    """Say on stderr that ranks below chance may come of the classes' order, unless it is known."""
+    if auroc is not None and auroc < 0.5 and set(loaded.classes or ()) != set(index.classes):
+        click.echo(
+            f"Warning: the area under the ROC curve is {auroc:.3f}, below chance: the classes may "
+            f"be in the other order; assumed is --classes {','.join(index.classes)}",
+            err=True,
+        )
 
 
 def named(**options: Any) -> dict[str, Any]:

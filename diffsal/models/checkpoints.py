@@ -36,6 +36,8 @@ from diffsal.models.recognition import (
 from diffsal.system.files import replacing
 
 FORMAT_VERSION = 1
+UNNAMED = "the file does not name the classes (--classes)"
+"""The note where it does not."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def _load(
     if contents.preprocessing is None:
         notes.append(preprocessing_note(preprocessing or Preprocessing()))
     if contents.classes is None:
-        notes.append("the file does not name the classes (--classes)")
+        notes.append(UNNAMED)
     layer = target_layer or contents.target_layer
     return LoadedModel(
         model=model.eval(),

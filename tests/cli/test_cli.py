@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -174,3 +175,20 @@ def test_a_grey_network_by_every_command(folder, monkeypatch):
     run("fool", "index.csv", *model, "--epochs", 1, "--out", "fooled.pt")
     again = ["--weights", "run/best.pt", "--size", 32, "--epochs", 1, "--device", "cpu"]
     run("train", "index.csv", *arch, *again, "--method", "cross-entropy", "--out", "again")
+
+
+def test_the_classes_assumed_order_is_told(folder):
+    train = ["train", "index.csv", "--config", "tiny.toml", "--epochs", 4, "--out", "run"]
+    run(*train, "--method", "cross-entropy")
+    bare = torch.load("run/best.pt", weights_only=True) | {"classes": None}
+    torch.save(bare, "bare.pt")
+    model = ["--model", "bare.pt", "--device", "cpu"]
+    swapped = [*model, "--classes", "well,ill"]
+    wrong = run("audit", "index.csv", *swapped, "--subset", 2, "--out", "wrong").stderr
+    assert "Note: assumed: output 0 = well, output 1 = ill\n" in wrong
+    assert "the classes may be in the other order" in wrong
+    head_shift = ["--method", "head-shift", "--out", "fooled.pt"]
+    assert "in the other order" in run("fool", "index.csv", *swapped, *head_shift).stderr
+    right = run("audit", "index.csv", *model, "--subset", 2, "--out", "right").stderr
+    assert "does not name the classes" in right
+    assert "other order" not in right
