@@ -57,7 +57,7 @@ def gather(
         fooled, obstacle = stress_test(index, split, measured, loaded, settings)
     other = None
     if reference is not None:
-        own = reference.preprocessing or settings.preprocessing
+        own = reference.preprocessing or replace(settings.preprocessing, channels=3)
         likewise = replace(settings, preprocessing=own)
         other = measure_samples(samples, index, reference, likewise, "reference")
     return Evidence(

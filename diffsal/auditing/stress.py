@@ -45,7 +45,7 @@ def stress_test(
     except DiffsalError as error:
         return None, str(error)
     layer = in_copy(shifted.model, loaded.target_layer)
-    fooled = replace(loaded, model=shifted.model, target_layer=layer)
+    fooled = replace(loaded, model=shifted.model, layer=layer)
     for batch in read_batches(shown, loaded, settings, "stress test", []):
         before = label_maps(loaded, batch)
         after = label_maps(fooled, batch, before.false_class)

@@ -58,7 +58,10 @@ def audit(
 
     check_writable(out)
     loaded, preprocessing = options.load_with_preprocessing(**given)
-    other = load_model(reference, arch=reference_arch) if reference else None
+    trusted = given["trust_arguments"]
+    other = (
+        load_model(reference, arch=reference_arch, trust_arguments=trusted) if reference else None
+    )
     settings = Settings(
         preprocessing=preprocessing,
         device=choose_device(given["device"]),
@@ -67,9 +70,10 @@ def audit(
         batch_size=batch_size,
         seed=seed,
     )
-    found = run(
-        options.labelled_index(index, maps, loaded, given), loaded, out, settings, other, overwrite
-    )
+    labelled = options.labelled_index(index, maps, loaded, given)
+    found = run(labelled, loaded, out, settings, other, overwrite)
+    numbers = {one["name"]: one["mean"] for part in found["findings"] for one in part["numbers"]}
+    options.warn_of_order(numbers.get("auroc"), loaded, labelled)
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
     else:

@@ -77,8 +77,9 @@ def fool(
     loaded, preprocessing = options.load_with_preprocessing(**given)
     names = ("epochs", "lr", "batch_size", "freeze_batchnorm", "alpha", "beta", "seed", "workers")
     training = {name: given[name] for name in (*names, "device")}
+    labelled = options.labelled_index(index, None, loaded, given)
     found = run(
-        options.labelled_index(index, None, loaded, given),
+        labelled,
         loaded,
         out,
         target=target,
@@ -88,4 +89,5 @@ def fool(
         preprocessing=preprocessing,
         config=replace(FINE_TUNING, **options.named(**training)),
     )
+    options.warn_of_order(found["honest"]["auroc"], loaded, labelled)
     click.echo(json.dumps(found, indent=2) if as_json else as_table(found))

@@ -100,12 +100,17 @@ def classes(help_text: str) -> Callable[[Command], Command]:
 def model(command: Command) -> Command:
     """What it takes to load any model and feed it."""
     options = [
-        click.option("--model", required=True, type=FILE, help="Weights file."),
+        click.option("--model", required=True, type=FILE, help="Weights file, or hub folder."),
         click.option(
             "--arch",
             metavar="NAME",
             help="Architecture, where the file does not tell: a name in torchvision, timm:NAME, "
             "or package.module:factory.",
+        ),
+        click.option(
+            "--trust-arguments",
+            is_flag=True,
+            help="Call package.module:factory with the arguments that the file holds.",
         ),
         classes("Class names, in order of outputs."),
         click.option("--target-layer", metavar="NAME", help="Layer of the maps.  [default: found]"),
@@ -142,13 +147,16 @@ def load_with_preprocessing(
     from dataclasses import replace
 
     from diffsal.data.preprocessing import Preprocessing
-    from diffsal.models.checkpoints import check_class_order, load_model
+    from diffsal.models.checkpoints import UNNAMED, check_class_order, load_model
 
-    loaded = load_model(model, arch=arch, target_layer=target_layer)
+    trusted = given["trust_arguments"]
+    loaded = load_model(model, arch=arch, target_layer=target_layer, trust_arguments=trusted)
     if given["classes"]:
         check_class_order(loaded, given["classes"], "--classes")
     loaded = _as_told(loaded, target_layer, given["reshape"], given["outputs"])
     for note in loaded.notes:
+        if note == UNNAMED and given["classes"]:
+            note = _assumed_order(loaded, given["classes"])
         click.echo(f"Note: {note}", err=True)
     chosen = named(**{name: given[name] for name in ("size", "resize", "mean", "std")})
     return loaded, replace(loaded.preprocessing or Preprocessing(), **chosen)
@@ -164,12 +172,29 @@ def _as_told(
     from diffsal.maps.outputs import declare_outputs
 
     declare_outputs(loaded.model, outputs)
-    if reshape is None:
-        return loaded
-    if target_layer is None:
-        raise click.UsageError("--reshape is for a layer that --target-layer names")
-    layer = replace(loaded.target_layer, reshape=layout_from_word(reshape))
-    return replace(loaded, target_layer=layer)
+    layer = loaded.target_layer  # one that is missing is told before any work is done
+    if reshape is not None:
+        if target_layer is None:
+            raise click.UsageError("--reshape is for a layer that --target-layer names")
+        layer = replace(layer, reshape=layout_from_word(reshape))
+    return replace(loaded, layer=layer)
+
+
+def _assumed_order(loaded: LoadedModel, classes: tuple[str, ...]) -> str:
+    if loaded.arguments.get("num_classes") == 1 and len(classes) == 2:
+        return f"assumed: the output is the logit of {classes[1]}, against {classes[0]}"
+    outputs = (f"output {output} = {name}" for output, name in enumerate(classes))
+    return f"assumed: {', '.join(outputs)}"
+
+
+def warn_of_order(auroc: float | None, loaded: LoadedModel, index: Index) -> None:
+    """Say on stderr that ranks below chance may come of the classes' order, unless it is known."""
+    if auroc is not None and auroc < 0.5 and set(loaded.classes or ()) != set(index.classes):
+        click.echo(
+            f"Warning: the area under the ROC curve is {auroc:.3f}, below chance: the classes may "
+            f"be in the other order; assumed is --classes {','.join(index.classes)}",
+            err=True,
+        )
 
 
 def named(**options: Any) -> dict[str, Any]:

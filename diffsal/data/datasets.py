@@ -148,7 +148,7 @@ def _fingerprint(samples: Sequence[Sample], preprocessing: Preprocessing) -> str
 class ImageDataset(Dataset[Item]):
     """Images, labels and human maps, ready for a network.
 
-    ``dataset[position]`` is the image (3, H, W) float32, the label, the human map (H, W) float32 in
+    ``dataset[position]`` is the image (C, H, W) float32, the label, the human map (H, W) float32 in
     the image's geometry, all NaN where there is none, and the position. ``dataset[position, seed]``
     draws the augmentation from ``seed``, so that it is the same in whichever process, and leaves
     torch's own generator alone.
@@ -197,6 +197,7 @@ class ImageDataset(Dataset[Item]):
         if self.augment is not None:
             views = self._augmented(views, seed)
         image, *moved_maps = (view.as_subclass(Tensor) for view in views)
+        image = self.preprocessing.in_channels(image)
         image = image.to(torch.float32).div_(255)  # bit for bit what Preprocessing makes
         image = F.normalize(image, list(self.preprocessing.mean), list(self.preprocessing.std))
         missing = image.new_full(image.shape[1:], torch.nan)

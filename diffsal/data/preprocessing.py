@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # The share of the resized image that a centre crop keeps in torchvision's ImageNet presets.
 CROP_SHARE = 224 / 256
+# Red's, green's and blue's parts of luminance in 65536ths (ITU-R 601), as in Pillow.
+_LUMINANCE = (19595, 38470, 7471)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Preprocessing:
         resize: ``"squash"`` brings the whole image to ``size``, whatever its aspect ratio.
             ``"crop"`` keeps the aspect ratio: the side that limits is resized to 256/224 of its
             ``size``, then the centre is cut out.
-        mean, std: of red, green and blue, on the scale [0, 1].
+        mean, std: of red, green and blue, on the scale [0, 1]; of one channel, one number (of three
+            given, their mean).
+        channels: 3, or 1 for luminance (ITU-R 601, as Pillow's ``L``).
 
     Raises:
         DiffsalError: a value that cannot be used; names the field.
@@ -45,18 +50,23 @@ class Preprocessing:
 
     size: tuple[int, int] = (224, 224)
     resize: Literal["squash", "crop"] = "squash"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    channels: int = 3
 
     def __post_init__(self) -> None:
         if not _numbers(self.size, 2, int) or min(self.size) <= 0:
             raise _bad_field("size", self.size, "two positive whole numbers, height and width")
         if self.resize not in ("squash", "crop"):
             raise _bad_field("resize", self.resize, "'squash' or 'crop'")
-        if not _numbers(self.mean, 3, int, float):
-            raise _bad_field("mean", self.mean, "three finite numbers")
-        if not _numbers(self.std, 3, int, float) or min(self.std) <= 0:
-            raise _bad_field("std", self.std, "three positive finite numbers")
+        if type(self.channels) is not int or self.channels not in (1, 3):
+            raise _bad_field("channels", self.channels, "3, or 1 for grey")
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _of_channels(getattr(self, name), self.channels))
+        if not _numbers(self.mean, self.channels, int, float):
+            raise _bad_field("mean", self.mean, "three finite numbers, or one for grey")
+        if not _numbers(self.std, self.channels, int, float) or min(self.std) <= 0:
+            raise _bad_field("std", self.std, "three positive finite numbers, or one for grey")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` undoes it."""
@@ -65,17 +75,19 @@ class Preprocessing:
             "resize": self.resize,
             "mean": list(self.mean),
             "std": list(self.std),
+            **({} if self.channels == 3 else {"channels": self.channels}),
         }
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Preprocessing:
-        """Undo `to_dict`. Every field must be there: a silent default would be a wrong input.
+        """Undo `to_dict`. Every field must be there, as a silent default would be a wrong input;
+        without ``channels``, which are younger, there are 3.
 
         Raises:
             DiffsalError: a field that is missing, unknown, or of a value that cannot be used.
         """
-        names = [field.name for field in fields(cls)]
-        if not isinstance(value, Mapping) or set(value) != set(names):
+        names = [field.name for field in fields(cls) if field.name != "channels"]
+        if not isinstance(value, Mapping) or set(value) - {"channels"} != set(names):
             found = ", ".join(map(str, value)) if isinstance(value, Mapping) else repr(value)
             raise DiffsalError(f"preprocessing: needs the fields {', '.join(names)}; found {found}")
         arguments: dict[str, Any] = {
@@ -91,15 +103,35 @@ class Preprocessing:
             image: (H0, W0, 3) uint8, RGB.
 
         Returns:
-            (3, H, W) float32.
+            (channels, H, W) float32.
 
         Raises:
             DiffsalError: see `resized`.
         """
         pixels = torch.from_numpy(self.resized(image)).permute(2, 0, 1).contiguous()
-        mean = torch.tensor(self.mean, dtype=torch.float32).view(3, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float32).view(3, 1, 1)
-        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+        mean = torch.tensor(self.mean, dtype=torch.float32).view(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32).view(-1, 1, 1)
+        return self.in_channels(pixels).to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    def in_channels(self, pixels: Tensor) -> Tensor:
+        """Colours as they are, or their luminance, to the bit as Pillow makes it.
+
+        Args:
+            pixels: (3, H, W) uint8, RGB.
+
+        Returns:
+            (channels, H, W) uint8.
+
+        Example:
+            >>> red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
+            >>> Preprocessing(channels=1).in_channels(red).flatten()
+            tensor([76], dtype=torch.uint8)
+        """
+        if self.channels == 3:
+            return pixels
+        parts = torch.tensor(_LUMINANCE, dtype=torch.int32).view(3, 1, 1)
+        grey = (pixels.to(torch.int32) * parts).sum(0, keepdim=True) + 0x8000
+        return (grey >> 16).to(torch.uint8)
 
     def resized(self, pixels: NDArray[Any]) -> NDArray[Any]:
         """Bring an image, or a human map that belongs to one, to the network's geometry.
@@ -171,6 +203,15 @@ class Preprocessing:
 
 def _bad_field(name: str, value: object, wanted: str) -> DiffsalError:
     return DiffsalError(f"preprocessing: {name} must be {wanted}, not {value!r}")
+
+
+def _of_channels(value: Any, channels: int) -> Any:
+    """One number for all colours, or the mean of three for grey; anything else as it is."""
+    if channels == 3 and _numbers(value, 1, int, float):
+        return value * 3
+    if channels == 1 and _numbers(value, 3, int, float):
+        return (fmean(value),)
+    return value
 
 
 def _numbers(value: object, count: int, *kinds: type) -> bool:

@@ -14,9 +14,13 @@ from torchvision import models as torchvision_models
 from diffsal.errors import DiffsalError, one_line, some_of
 from diffsal.models.fitting import assign, current_names, last_layer
 
+SOURCES = ("torchvision:", "timm:", "transformers:")
+"""Of architectures that a file may name; any other is a factory."""
 INCEPTIONS = ("googlenet", "inception_v3")
 # Arguments by which a constructor would fetch or open other files.
-_FETCHING = re.compile(r"weights(_backbone)?|(cache|checkpoint|pretrained)(_.*)?")
+_FETCHING = re.compile(r"weights(_backbone)?|(cache|checkpoint|(use_)?pretrained)(_.*)?")
+
+_OWN_ARGUMENTS = ("num_classes", "transform_input")
 
 
 def build_model(
@@ -53,6 +57,8 @@ def build_model(
             return _torchvision_model(name, arguments, weights)
         if source == "timm":
             return _timm_model(name, arguments, weights)
+        if source == "transformers":
+            return _transformers_model(name, arguments, weights)
         return _factory_model(architecture, arguments, weights)
     except DiffsalError:
         raise
@@ -95,6 +101,38 @@ def qualified(architecture: str) -> str:
     return architecture if ":" in architecture else f"torchvision:{architecture}"
 
 
+def check_confirmed(
+    architecture: str, arguments: Mapping[str, Any], trusted: bool | Mapping[str, Any]
+) -> None:
+    """Refuse a file's arguments for a factory, unless they are confirmed.
+
+    The number of classes and ``transform_input``, which diffsal itself writes, need no word.
+
+    Raises:
+        DiffsalError: there are others; the message shows them.
+
+    Example:
+        >>> check_confirmed("own:net", {"num_classes": 2, "width": 8}, {"width": 8})
+        >>> check_confirmed("own:net", {"width": 8}, False)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        diffsal.errors.DiffsalError: has own:net called with width=8: if that is meant, pass ...
+    """
+    if trusted is True or architecture.startswith(SOURCES):
+        return
+    meant = trusted or {}
+    shown = [
+        f"{name}={value!r}"[:60]
+        for name, value in arguments.items()
+        if not (name in _OWN_ARGUMENTS and isinstance(value, int))
+        and not (name in meant and meant[name] == value)
+    ]
+    if shown:
+        raise DiffsalError(
+            f"has {architecture} called with {', '.join(shown)}: if that is meant, pass "
+            "--trust-arguments (to diffsal train, the same arguments)"
+        )
+
+
 def check_origin(architecture: str, arguments: Mapping[str, Any], *, chosen_by_user: bool) -> None:
     """Refuse what a file may not choose: code to run, and other files to fetch.
 
@@ -107,7 +145,7 @@ def check_origin(architecture: str, arguments: Mapping[str, Any], *, chosen_by_u
         Traceback (most recent call last):
         diffsal.errors.DiffsalError: its architecture's arguments would fetch files: pretrained
     """
-    if not architecture.startswith(("torchvision:", "timm:")):
+    if not architecture.startswith(SOURCES):
         if not chosen_by_user:
             raise DiffsalError(
                 f"its architecture is code that a file cannot have run: if you trust "
@@ -161,6 +199,27 @@ def _timm_model(name: str, arguments: Mapping[str, Any], weights: str | None) ->
         kept = [f"{name}.weight" for name, one in model.named_modules() if id(one) not in fresh]
         redraw_fresh_layers(model, kept)
     return model
+
+
+def _transformers_model(name: str, arguments: Mapping[str, Any], weights: str | None) -> nn.Module:
+    if weights is not None:
+        raise DiffsalError("name the folder of transformers' weights instead: --weights FOLDER")
+    transformers = transformers_module()
+    config = transformers.AutoConfig.for_model(name, **arguments)
+    model: nn.Module = transformers.AutoModelForImageClassification.from_config(
+        config, trust_remote_code=False
+    )
+    return model
+
+
+def transformers_module() -> Any:
+    """The module, if it is installed."""
+    try:
+        return import_module("transformers")
+    except ImportError as error:
+        raise DiffsalError(
+            "transformers is not installed: pip install 'diffsal[transformers]'"
+        ) from error
 
 
 def _classifiers(model: Any) -> tuple[nn.Module, ...]:

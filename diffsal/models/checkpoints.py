@@ -4,7 +4,8 @@ A weights file can name no code but torchvision's and timm's own architectures."
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from torch import nn
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.maps.target_layers import TargetLayer, find_target_layer, get_target_layer
-from diffsal.models.architectures import build_model, check_origin, qualified
+from diffsal.models.architectures import build_model, check_confirmed, check_origin, qualified
 from diffsal.models.fitting import (
     assign,
     current_names,
     fit_head,
+    fit_stem,
+    input_channels,
     strip_wrappers,
     without_initialization,
 )
+from diffsal.models.folders import is_folder_of_hub, read_folder
 from diffsal.models.reading import State, read_weights, state_dict_in, tensors_in
 from diffsal.models.recognition import (
     constructor_arguments,
@@ -33,6 +37,8 @@ from diffsal.models.recognition import (
 from diffsal.system.files import replacing
 
 FORMAT_VERSION = 1
+UNNAMED = "the file does not name the classes (--classes)"
+"""The note where it does not."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class LoadedModel:
         classes: names in the order of the outputs, where the file carries them.
         preprocessing: what the file carries, or what its architecture implies (`notes` says so);
             ``None`` where neither is known.
-        target_layer: where maps are taken.
+        layer: where maps are taken, if it was named; see `target_layer`.
         path: of the file.
         sha256: of the file's bytes, hexadecimal.
         notes: one line each on what the file could not tell.
@@ -57,27 +63,46 @@ class LoadedModel:
     arguments: dict[str, Any]
     classes: tuple[str, ...] | None
     preprocessing: Preprocessing | None
-    target_layer: TargetLayer
+    layer: TargetLayer | None
     path: Path
     sha256: str
     notes: tuple[str, ...]
 
+    @cached_property
+    def target_layer(self) -> TargetLayer:
+        """Where maps are taken; looked for on first use, since that may run the model.
+
+        Raises:
+            DiffsalError: none is found.
+        """
+        try:
+            return self.layer or find_target_layer(self.model)
+        except DiffsalError as error:
+            raise DiffsalError(f"{self.path}: {error}") from error
+
 
 def load_model(
-    path: str | Path, *, arch: str | None = None, target_layer: str | None = None
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    target_layer: str | None = None,
+    trust_arguments: bool | Mapping[str, Any] = False,
 ) -> LoadedModel:
-    """Load a model from a file of weights.
+    """Load a model from a file or folder of weights.
 
     Args:
         path: a ``state_dict`` saved by ``torch.save`` or as safetensors, a training checkpoint that
-            contains one, or a checkpoint of `save_checkpoint`.
+            contains one, or a checkpoint of `save_checkpoint`; or a folder of transformers' or
+            timm's ``save_pretrained``, whose ``config.json`` tells the rest.
         arch: the architecture, where the file does not tell, as for `build_model`; a factory is
             called with the checkpoint's arguments, else with ``num_classes`` if it takes that.
         target_layer: dotted name of the layer where maps are taken; found by itself if None.
+        trust_arguments: whether a factory may be called with what arguments a checkpoint holds;
+            a mapping: with these.
 
     Raises:
         DiffsalError: the file is no file of weights, the architecture is not recognized or does not
-            fit, a weight is not finite, or no target layer is found.
+            fit, a weight is not finite, or there is no layer of that name.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -94,7 +119,7 @@ def load_model(
         'the file does not name the classes (--classes)'
     """
     try:
-        return _load(Path(path), arch, target_layer)
+        return _load(Path(path), arch, target_layer, trust_arguments)
     except DiffsalError as error:
         raise DiffsalError(f"{path}: {error}") from error
 
@@ -208,21 +233,29 @@ def _contents_of(loaded: Any) -> _Contents:
     return _Contents(state_dict_in(loaded))
 
 
-def _load(path: Path, arch: str | None, target_layer: str | None) -> LoadedModel:
-    loaded, sha256 = read_weights(path)
-    contents = _contents_of(loaded)
+def _load(
+    path: Path, arch: str | None, target_layer: str | None, trusted: bool | Mapping[str, Any]
+) -> LoadedModel:
+    if is_folder_of_hub(path):
+        parts, sha256 = read_folder(path)
+        contents = _Contents(**parts)
+    else:
+        loaded, sha256 = read_weights(path)
+        contents = _contents_of(loaded)
     architecture = qualified(arch or contents.architecture or recognize(contents.state))
     recorded = contents.architecture is not None
     arguments = (
         contents.arguments if recorded else constructor_arguments(architecture, contents.state)
     )
     check_origin(architecture, arguments, chosen_by_user=arch is not None)
+    check_confirmed(architecture, arguments, trusted)
     is_torchvisions = architecture.startswith("torchvision:")
     with without_initialization() if is_torchvisions else nullcontext():
         model = build_model(architecture, arguments)
     state, notes = strip_wrappers(contents.state, model)
     if is_torchvisions:
         state = current_names(state, model)
+        fit_stem(model, state)
         outputs, head_notes = fit_head(model, state)
         arguments = {**arguments, "num_classes": outputs}
         notes += head_notes
@@ -230,11 +263,14 @@ def _load(path: Path, arch: str | None, target_layer: str | None) -> LoadedModel
 
     if is_torchvisions and not recorded:
         notes += undecided(model)
+    channels = input_channels(model)
     preprocessing = contents.preprocessing or usual_preprocessing(model)
+    if channels != 3:
+        preprocessing = replace(preprocessing or Preprocessing(), channels=channels)
     if contents.preprocessing is None:
         notes.append(preprocessing_note(preprocessing or Preprocessing()))
     if contents.classes is None:
-        notes.append("the file does not name the classes (--classes)")
+        notes.append(UNNAMED)
     layer = target_layer or contents.target_layer
     return LoadedModel(
         model=model.eval(),
@@ -242,7 +278,7 @@ def _load(path: Path, arch: str | None, target_layer: str | None) -> LoadedModel
         arguments=arguments,
         classes=contents.classes,
         preprocessing=preprocessing,
-        target_layer=get_target_layer(model, layer) if layer else find_target_layer(model),
+        layer=get_target_layer(model, layer) if layer else None,
         path=path,
         sha256=sha256,
         notes=tuple(notes),

@@ -124,6 +124,47 @@ def current_names(state: State, model: nn.Module) -> State:
     return renamed
 
 
+def input_channels(model: nn.Module) -> int:
+    """3 or 1: of the first convolution, else of any other that takes images; 3 where none is.
+
+    Raises:
+        DiffsalError: no convolution takes an image's channels.
+
+    Example:
+        >>> input_channels(nn.Conv2d(1, 4, 3)), input_channels(nn.Linear(4, 2))
+        (1, 3)
+    """
+    found = [one.in_channels for one in model.modules() if isinstance(one, nn.Conv2d)]
+    for channels in (*found[:1], 3, 1):  # what is first may not be the first to run
+        if channels in (1, 3) and (channels in found or not found):
+            return channels
+    raise DiffsalError(
+        f"its first convolution takes {found[0]} channels, and images have 3, or 1 where grey: "
+        "feed it in Python, diffsal.explain(model, images)"
+    )
+
+
+def fit_stem(model: nn.Module, state: State) -> None:
+    """Give the model's first convolution as many input channels as the state's has.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3))
+        >>> fit_stem(model, {"0.weight": torch.ones(4, 1, 3, 3)})
+        >>> model[0]
+        Conv2d(1, 4, kernel_size=(3, 3), stride=(1, 1))
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            weight = state.get(f"{name}.weight")
+            if weight is not None and weight.ndim == 4 and module.groups == 1:
+                module.in_channels = weight.shape[1]
+                own = module.weight
+                shape = (own.shape[0], weight.shape[1], *own.shape[2:])
+                if own.shape != shape:
+                    module.weight = nn.Parameter(own.detach().new_empty(shape))
+            return
+
+
 def fit_head(model: nn.Module, state: State) -> tuple[int, list[str]]:
     """Give the model's last layer the place and the number of outputs that the state's has.
 

@@ -84,6 +84,8 @@ ARCHITECTURES: dict[str, dict[str, tuple[int, int]]] = {
         "regnet_y_8gf": (348, 37_451_000),
     },
 }
+# Where the first convolution is, if not under that key.
+_STEMS = {"class_token": "conv_proj.weight"}
 _HEADS = ("classifier.", "fc.", "head.", "heads.", *AUXILIARY_HEADS)
 
 
@@ -99,7 +101,9 @@ def recognize(state: State) -> str:
     """
     for stem, family in ARCHITECTURES.items():
         for prefix in name_prefixes(state, stem):
-            keys, elements = _backbone_size(behind(state, prefix))
+            own = behind(state, prefix)
+            keys, elements = _backbone_size(own)
+            elements += _missing_colours(own.get(_STEMS.get(stem, stem)))
             off = {name: abs(n - elements) for name, (k, n) in family.items() if k == keys}
             if off:
                 return min(off, key=off.__getitem__)
@@ -118,6 +122,13 @@ def _backbone_size(state: Mapping[str, Tensor]) -> tuple[int, int]:
     return len(backbone), sum(backbone.values())
 
 
+def _missing_colours(weight: Tensor | None) -> int:
+    """By how many elements a first convolution falls short of one that takes three channels."""
+    if weight is None or weight.ndim != 4:
+        return 0
+    return (3 - weight.shape[1]) * weight[:, 0].numel()
+
+
 def constructor_arguments(architecture: str, state: State) -> dict[str, Any]:
     """The constructor's arguments as far as a plain state tells them before the model is built.
 
@@ -132,13 +143,19 @@ def constructor_arguments(architecture: str, state: State) -> dict[str, Any]:
         head = timm_with(name).models.get_pretrained_cfg_value(name, "classifier")
         head = head[0] if isinstance(head, tuple) else head  # several, if distilled
         weight = _ending(state, f"{head}.weight")
-        return {} if weight is None else {"num_classes": len(weight)}
+        stem = timm_with(name).models.get_pretrained_cfg_value(name, "first_conv")
+        stem = _ending(state, f"{stem[0] if isinstance(stem, tuple) else stem}.weight")
+        grey = stem is not None and stem.ndim == 4 and stem.shape[1] == 1
+        channels = {"in_chans": 1} if grey else {}
+        return channels if weight is None else {"num_classes": len(weight), **channels}
     if source != "torchvision":
         weights = [v for k, v in state.items() if k.endswith("weight") and v.ndim > 1]
         takes = weights and _takes_num_classes(find_factory(architecture))
         return {"num_classes": len(weights[-1])} if takes else {}
     if name in INCEPTIONS:
-        return {"transform_input": True}  # as with the published weights; undecided says so
+        stems = (_ending(state, f"{name}.conv.weight") for name in ("conv1", "Conv2d_1a_3x3"))
+        grey = any(stem is not None and stem.shape[1] == 1 for stem in stems)
+        return {"transform_input": not grey}  # as with the published weights; undecided says so
     positions = _ending(state, "encoder.pos_embedding")
     patches = _ending(state, "conv_proj.weight")
     if name.startswith("vit_") and positions is not None and patches is not None:
@@ -163,7 +180,7 @@ def _ending(state: State, suffix: str) -> Tensor | None:
 
 def undecided(model: nn.Module) -> list[str]:
     """What a torchvision model computes, and its state does not tell."""
-    if hasattr(model, "transform_input"):
+    if getattr(model, "transform_input", False):
         return [
             "transform_input=True is assumed, as with torchvision's published weights; a model "
             "trained without it needs --arch package.module:factory"
@@ -198,7 +215,8 @@ def preprocessing_note(preprocessing: Preprocessing) -> str:
     """What to note where a file does not tell the preprocessing, and this one is assumed."""
     height, width = preprocessing.size
     mean, std = (" ".join(map(str, v)) for v in (preprocessing.mean, preprocessing.std))
+    grey = ", grey" if preprocessing.channels == 1 else ""
     return (
         f"the file does not tell the preprocessing; assumed unless given: {height} x {width} "
-        f"pixels, mean {mean}, std {std} (--size, --mean, --std)"
+        f"pixels{grey}, mean {mean}, std {std} (--size, --mean, --std)"
     )

@@ -189,8 +189,8 @@ class TrainingConfig:
     def preprocessing(self, base: Preprocessing | None = None) -> Preprocessing:
         """Of the model's input; mean and std are those of ``base`` where they are not given."""
         base = base or Preprocessing()
-        size = self.size, self.size
-        return Preprocessing(size, self.resize, self.mean or base.mean, self.std or base.std)
+        mean, std = self.mean or base.mean, self.std or base.std
+        return Preprocessing((self.size, self.size), self.resize, mean, std, base.channels)
 
     def augmentation(self) -> v2.Transform | None:
         """Of the training samples, for :class:`diffsal.data.datasets.ImageDataset`."""

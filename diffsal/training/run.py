@@ -24,6 +24,7 @@ from diffsal.maps.contrast import class_count
 from diffsal.maps.target_layers import find_target_layer, get_target_layer
 from diffsal.models.architectures import build_model, redraw_fresh_layers
 from diffsal.models.checkpoints import check_class_order, load_model, save_checkpoint
+from diffsal.models.fitting import fit_stem, input_channels
 from diffsal.system.devices import choose_device, process_rank
 from diffsal.system.files import replacing
 from diffsal.training.config import TrainingConfig
@@ -119,17 +120,20 @@ def new_model(index: Index, config: TrainingConfig) -> tuple[nn.Module, dict[str
     elif re.fullmatch("[A-Z0-9_]+", config.weights):
         model = build_model(architecture, arguments, weights=config.weights)
     else:
-        loaded = load_model(config.weights, arch=config.architecture)
+        loaded = load_model(
+            config.weights, arch=config.architecture, trust_arguments=config.arguments
+        )
         check_class_order(loaded, index.classes, index.source)
         architecture, base = loaded.architecture, loaded.preprocessing
         arguments = {**_with_classes(architecture, loaded.arguments, index), **config.arguments}
         model = build_model(architecture, arguments)
+        fit_stem(model, loaded.model.state_dict())
         _copy_weights(loaded.model, model)
     return model, {
         "architecture": architecture,
         "arguments": arguments,
         "classes": index.classes,
-        "preprocessing": config.preprocessing(base),
+        "preprocessing": replace(config.preprocessing(base), channels=input_channels(model)),
         "target_layer": config.target_layer or str(find_target_layer(model)),
     }
 
@@ -227,7 +231,7 @@ def _with_classes(architecture: str, arguments: Mapping[str, Any], index: Index)
 
 def _saved_model(path: Path, config: TrainingConfig) -> tuple[nn.Module, dict[str, Any]]:
     """The same from a run's checkpoint."""
-    loaded = load_model(path, arch=config.architecture)
+    loaded = load_model(path, arch=config.architecture, trust_arguments=config.arguments)
     return loaded.model, {
         "architecture": loaded.architecture,
         "arguments": loaded.arguments,

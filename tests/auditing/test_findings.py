@@ -146,7 +146,7 @@ def test_fifty_classes(tmp_path):
 def test_another_head_is_spoken_of_to_first_order(tmp_path):
     loaded = loaded_model(tmp_path)
     model = PerceptronHead().eval()
-    loaded = replace(loaded, model=model, target_layer=find_target_layer(model))
+    loaded = replace(loaded, model=model, layer=find_target_layer(model))
     result = audit_of(tmp_path, loaded)
     assert "To first order it has no influence" in say(result, "common-mode")
     assert say(result, "stress-test").startswith("Could not be applied")

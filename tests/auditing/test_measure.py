@@ -111,7 +111,7 @@ def test_errors_of_the_model_in_later_steps(name, error, words, tmp_path, monkey
 def test_a_model_that_does_not_run(tmp_path, refused):
     loaded = loaded_model(tmp_path)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    loaded = replace(loaded, model=model, target_layer=find_target_layer(model))
+    loaded = replace(loaded, model=model, layer=find_target_layer(model))
     index = read_index(write_index(tmp_path / "data", (2, 2), maps=False), classes=NAMES[:2])
     with refused("does not run on 32 x 32 inputs"):
         audit(index, loaded, tmp_path, settings())

@@ -46,7 +46,7 @@ def test_a_head_shifted_model_is_told_apart(audited, tmp_path):
     dataset = ImageDataset(audited.index.samples, PREPROCESSING)
     images = torch.stack([item[0] for item in dataset])
     model = head_shift(audited.loaded.model, [images]).model
-    fooled = replace(audited.loaded, model=model, target_layer=find_target_layer(model))
+    fooled = replace(audited.loaded, model=model, layer=find_target_layer(model))
     result = audit(audited.index, fooled, tmp_path, settings(subset=0), audited.loaded)
     by_name = {row["model"]["name"]: row for row in result["reference"]["numbers"]}
     assert by_name["common_mode_share"]["difference"]["low"] > 0

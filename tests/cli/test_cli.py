@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -150,3 +151,44 @@ def test_version_and_help():
     for command in ("explain", "train", "fool", "audit", "demo"):
         assert command in commands
         assert "--debug" in run(command, "--help").stdout
+
+
+GREY = """
+from torch import nn
+
+def net():
+    head = nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 2)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), *head)
+"""
+
+
+def test_a_grey_network_by_every_command(folder, monkeypatch):
+    Path("grey_net.py").write_text(GREY)
+    monkeypatch.syspath_prepend(folder)
+    own = ["--weights", "none", "--size", 32, "--epochs", 2, "--device", "cpu"]
+    arch = ["--arch", "grey_net:net"]
+    run("train", "index.csv", *arch, *own, "--method", "contrast", "--out", "run")
+    model = ["--model", "run/best.pt", *arch, "--device", "cpu"]
+    manifest = json.loads(run("explain", "1.png", *model, "--json").stdout)
+    assert manifest["preprocessing"]["channels"] == len(manifest["preprocessing"]["mean"]) == 1
+    run("audit", "index.csv", *model, "--subset", 2, "--out", "audit")
+    run("fool", "index.csv", *model, "--epochs", 1, "--out", "fooled.pt")
+    again = ["--weights", "run/best.pt", "--size", 32, "--epochs", 1, "--device", "cpu"]
+    run("train", "index.csv", *arch, *again, "--method", "cross-entropy", "--out", "again")
+
+
+def test_the_classes_assumed_order_is_told(folder):
+    train = ["train", "index.csv", "--config", "tiny.toml", "--epochs", 4, "--out", "run"]
+    run(*train, "--method", "cross-entropy")
+    bare = torch.load("run/best.pt", weights_only=True) | {"classes": None}
+    torch.save(bare, "bare.pt")
+    model = ["--model", "bare.pt", "--device", "cpu"]
+    swapped = [*model, "--classes", "well,ill"]
+    wrong = run("audit", "index.csv", *swapped, "--subset", 2, "--out", "wrong").stderr
+    assert "Note: assumed: output 0 = well, output 1 = ill\n" in wrong
+    assert "the classes may be in the other order" in wrong
+    head_shift = ["--method", "head-shift", "--out", "fooled.pt"]
+    assert "in the other order" in run("fool", "index.csv", *swapped, *head_shift).stderr
+    right = run("audit", "index.csv", *model, "--subset", 2, "--out", "right").stderr
+    assert "does not name the classes" in right
+    assert "other order" not in right

@@ -83,6 +83,23 @@ def test_missing_fields_are_refused(value):
         Preprocessing.from_dict(value)
 
 
+def test_grey_is_pillows_luminance():
+    image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    grey = Preprocessing(size=(40, 30), mean=(0.5,), std=(0.25,), channels=1)
+    expected = (np.asarray(Image.fromarray(image).convert("L"), np.float32) / 255 - 0.5) / 0.25
+    assert torch.equal(grey(image), torch.from_numpy(expected)[None])
+    assert Preprocessing.from_dict(grey.to_dict()) == grey
+    assert grey.to_dict()["channels"] == 1
+    assert "channels" not in Preprocessing().to_dict()
+
+
+def test_means_fit_the_channels():
+    assert Preprocessing(channels=1).mean == (0.449,)
+    assert Preprocessing(mean=(0.5,)).mean == (0.5, 0.5, 0.5)
+    with pytest.raises(DiffsalError, match="channels must be 3, or 1 for grey"):
+        Preprocessing(channels=2)
+
+
 def test_elongated_image_is_not_blown_up():
     strip = np.zeros((1, 400_000, 3), np.uint8)
     with pytest.raises(DiffsalError, match="--resize squash"):

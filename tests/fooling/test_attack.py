@@ -201,7 +201,7 @@ def test_a_model_of_more_classes_is_refused_before_the_work(
     model = deepcopy(loaded.model)
     model.classifier = nn.Linear(model.classifier.in_features, 3)
     layer = replace(loaded.target_layer, module=model.get_submodule(loaded.target_layer.name))
-    loaded = replace(loaded, model=model, target_layer=layer, classes=("3", "8", "9"))
+    loaded = replace(loaded, model=model, layer=layer, classes=("3", "8", "9"))
     with refused("tells 3 classes apart"):
         fool(index, loaded, tmp_path / "f.pt", objective="top-k")
 

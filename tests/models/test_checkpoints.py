@@ -159,6 +159,44 @@ def test_factory_of_a_checkpoint_needs_the_users_word(factories, tmp_path, rejec
     sys.modules.pop(factories)
     rejects(path, f"if you trust {arch}, pass --arch {arch}")
     assert factories not in sys.modules
-    loaded = load_model(path, arch=arch)
+    rejects(path, f"has {arch} called with width=9: .*--trust-arguments", arch=arch)
+    rejects(path, "called with width=9", arch=arch, trust_arguments={"width": 8})
+    assert load_model(path, arch=arch, trust_arguments={"width": 9}).arguments == arguments
+    loaded = load_model(path, arch=arch, trust_arguments=True)
     assert loaded.arguments == arguments
     assert same_outputs(model, loaded.model)
+
+
+def grey(model):
+    """The same network with a first convolution for one channel."""
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    stem.weight = nn.Parameter(stem.weight[:, :1].clone())
+    stem.in_channels = 1
+    return model
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_0", "squeezenet1_1", "vit_b_32", "googlenet"])
+def test_grey_networks_are_recognised(name, network, save):
+    without = {"aux_logits": False} if name == "googlenet" else {}
+    model = grey(network(name, num_classes=2, **without)).eval()
+    loaded = load_model(save(model.state_dict()))
+    assert loaded.architecture == f"torchvision:{name}"
+    assert loaded.preprocessing.channels == 1
+    images = torch.rand(1, 1, 224, 224)
+    model.transform_input = False
+    with torch.no_grad():
+        assert torch.equal(loaded.model(images), model(images))
+    assert any("224 x 224 pixels, grey, mean 0.449" in note for note in loaded.notes)
+
+
+def test_grey_timm_network(save):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet18", num_classes=2, in_chans=1)
+    loaded = load_model(save(model.state_dict()), arch="timm:resnet18")
+    assert (loaded.arguments["in_chans"], loaded.preprocessing.channels) == (1, 1)
+
+
+def test_other_channels_are_refused(network, save, rejects):
+    model = network("resnet18", num_classes=2)
+    model.conv1.weight = nn.Parameter(torch.ones(64, 4, 7, 7))
+    rejects(save(model.state_dict()), r"first convolution takes 4 channels, .*diffsal\.explain")

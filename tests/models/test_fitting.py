@@ -196,9 +196,9 @@ def test_weights_that_are_not_finite(key, value, small, save, rejects):
 
 def test_shapes_that_do_not_fit(small, save, rejects):
     state = small.state_dict()
-    state["conv1.0.weight"] = state["conv1.0.weight"][:, :1]
+    state["conv1.0.weight"] = state["conv1.0.weight"][..., :1]
     rejects(
         save(state),
         r"do not fit torchvision:shufflenet_v2_x0_5 \(of another shape: conv1\.0\.weight \("
-        r"conv1\.0\.weight is \(24, 1, 3, 3\) float32 in the file, \(24, 3, 3, 3\) float32",
+        r"conv1\.0\.weight is \(24, 3, 3, 1\) float32 in the file, \(24, 3, 3, 3\) float32",
     )

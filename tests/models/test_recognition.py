@@ -21,14 +21,7 @@ def test_table_is_torchvisions(hollow):
     assert len(sizes) == len(NAMES) == 80
 
 
-# Of these the target layer is found by computing, at 87 to 632 million parameters.
-LARGE = ("vit_b_16", "vit_h_14", "vit_l_16", "vit_l_32")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in NAMES],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_torchvision_classifier_is_recognized(name, save, zeros, hollow):
     state = zeros(name)
     last = last_layer(hollow(name))
@@ -45,8 +38,9 @@ def test_every_torchvision_classifier_is_recognized(name, save, zeros, hollow):
     assert loaded.arguments["num_classes"] == outputs
     assert not loaded.model.training
     assert not any(value.is_meta for value in loaded.model.state_dict().values())
-    modules = dict(loaded.model.named_modules())
-    assert modules[loaded.target_layer.name] is loaded.target_layer.module
+    if not name.startswith("vit"):  # whose layer is found by computing, in tests/maps
+        modules = dict(loaded.model.named_modules())
+        assert modules[loaded.target_layer.name] is loaded.target_layer.module
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,82 @@
+"""Folders as Hugging Face's hub has them."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from diffsal.data.preprocessing import Preprocessing
+from diffsal.models.checkpoints import load_model, save_checkpoint
+
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
+NAMES = {"id2label": {0: "ill", 1: "well"}, "label2id": {"ill": 0, "well": 1}}
+
+
+def same(model, loaded):
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        return torch.equal(model.eval()(images).logits, loaded.model(images).logits)
+
+
+@pytest.fixture
+def vit(tmp_path):
+    """A small ViT, saved with its preprocessing in tmp_path."""
+    config = transformers.ViTConfig(**VIT, intermediate_size=32, patch_size=8, **NAMES)
+    model = transformers.ViTForImageClassification(config)
+    model.save_pretrained(tmp_path)
+    told = {"size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    return model
+
+
+def test_vit(vit, tmp_path, rejects):
+    loaded = load_model(tmp_path)
+    assert same(vit, loaded)
+    assert loaded.architecture == "transformers:vit"
+    assert loaded.classes == ("ill", "well")
+    assert loaded.preprocessing == Preprocessing((32, 32), mean=(0.5,), std=(0.25,))
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    assert loaded.sha256 == hashlib.sha256(weights).hexdigest()
+    assert loaded.notes == ()
+    made_by = {"architecture": loaded.architecture, "arguments": loaded.arguments}
+    save_checkpoint(tmp_path / "own.pt", loaded.model, **made_by)
+    assert same(vit, load_model(tmp_path / "own.pt"))
+    (tmp_path / "model.safetensors").unlink()
+    rejects(tmp_path, "holds neither model.safetensors nor pytorch_model.bin")
+
+
+def test_resnet_without_names(tmp_path):
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    model = transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(**shape, num_labels=2)
+    )
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert same(model, loaded)
+    assert loaded.classes is None
+    assert len(loaded.notes) == 2
+
+
+def test_headless_and_foreign_code_are_refused(vit, tmp_path, rejects):
+    vit.vit.save_pretrained(tmp_path)
+    rejects(tmp_path, r"lacks weights \(classifier\.bias, classifier\.weight\)")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rejects(tmp_path, "is no image classifier of transformers")
+
+
+def test_timm_folder(tmp_path):
+    model = timm.create_model("resnet18", num_classes=2).eval()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    cfg = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.25] * 3}
+    config = {"architecture": "resnet18", "num_classes": 2, "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_model(tmp_path)
+    assert loaded.architecture == "timm:resnet18"
+    assert loaded.preprocessing == Preprocessing((64, 64), mean=(0.5,), std=(0.25,))
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(images), loaded.model(images))
