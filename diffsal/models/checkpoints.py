@@ -206,6 +206,7 @@ class _Contents:
     classes: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
     target_layer: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def _contents_of(loaded: Any) -> _Contents:
@@ -260,6 +261,7 @@ def _load(
         arguments = {**arguments, "num_classes": outputs}
         notes += head_notes
     assign(model, state, architecture)
+    notes += contents.notes
 
     if is_torchvisions and not recorded:
         notes += undecided(model)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from diffsal.data.preprocessing import Preprocessing
+from diffsal.data.preprocessing import CROP_SHARE, Preprocessing
 from diffsal.errors import DiffsalError, one_line, some_of
 from diffsal.models.architectures import transformers_module
 from diffsal.models.reading import read_weights, state_dict_in
@@ -15,12 +15,23 @@ _CONFIG = "config.json"
 
 
 def is_folder_of_hub(path: Path) -> bool:
-    """Whether there is a ``config.json``."""
-    return (path / _CONFIG).is_file()
+    """Whether there is a ``config.json``.
+
+    Raises:
+        DiffsalError: it is another kind of folder.
+    """
+    if (path / "open_clip_config.json").is_file() and not (path / _CONFIG).is_file():
+        raise DiffsalError(
+            "is open_clip's, which compares images with texts and has no classes: put a linear "
+            "layer on its visual tower in Python, and call diffsal.explain"
+        )
+    if path.is_dir() and not (path / _CONFIG).is_file():
+        raise DiffsalError(f"is a folder without a {_CONFIG}: name the file of weights in it")
+    return path.is_dir()
 
 
 def read_folder(path: Path) -> tuple[dict[str, Any], str]:
-    """State, architecture, arguments, classes and preprocessing, and the weights' SHA-256.
+    """State, architecture, arguments, classes, preprocessing and notes; the weights' SHA-256.
 
     Raises:
         DiffsalError: a file is missing or damaged, or is no image classifier's.
@@ -44,11 +55,14 @@ def _told_by_timm(config: dict[str, Any]) -> dict[str, Any]:
             outputs = config.get("num_classes", cfg.get("num_classes"))
             counted = {} if outputs is None else {"num_classes": outputs}
             names = config.get("label_names") or cfg.get("label_names")
+            share, scale = cfg.get("crop_pct"), {"mean": tuple(mean), "std": tuple(std)}
+            preprocessing, notes = _cropping((height, width), scale, share, f"crop_pct {share}")
             return {
                 "architecture": f"timm:{name}",
                 "arguments": {**counted, **(config.get("model_args") or {})},
                 "classes": tuple(map(str, names)) if isinstance(names, list) else None,
-                "preprocessing": Preprocessing((height, width), mean=tuple(mean), std=tuple(std)),
+                "preprocessing": preprocessing,
+                "notes": notes,
             }
     raise DiffsalError(f"its {_CONFIG} lacks input_size, mean or std: save it anew with timm")
 
@@ -67,33 +81,61 @@ def _read_by_transformers(path: Path) -> dict[str, Any]:
         raise DiffsalError(f"lacks weights ({some_of(missing)}): save the whole classifier there")
     arguments = json.loads(config.to_json_string(use_diff=True))
     names = tuple(str(config.id2label[output]) for output in range(config.num_labels))
+    preprocessing, notes = _of_processor(path / "preprocessor_config.json")
     return {
         "state": model.state_dict(),
         "architecture": f"transformers:{arguments.pop('model_type')}",
         "arguments": arguments,
         "classes": None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names,
-        "preprocessing": _of_processor(path / "preprocessor_config.json"),
+        "preprocessing": preprocessing,
+        "notes": notes,
     }
 
 
-def _of_processor(path: Path) -> Preprocessing | None:
+def _of_processor(path: Path) -> tuple[Preprocessing | None, list[str]]:
+    """What the processor does, as near as `Preprocessing` can; the note says where it differs."""
     if not path.is_file():
-        return None
+        return None, []
     told = _json(path)
-    size = (told.get("crop_size") if told.get("do_center_crop") else None) or told.get("size")
-    match size:
-        case int():
-            height, width = size, size
-        case {"height": int(height), "width": int(width)}:
-            pass
-        case {"shortest_edge": int(height)}:
-            width = height
-        case _:
-            raise DiffsalError(f"{path.name}: size {size!r} is unknown; give height and width")
+    resized = told.get("size")
+    cropped = told.get("crop_size") if told.get("do_center_crop") else None
+    size = _height_and_width(cropped or resized, path.name)
     scale: dict[str, Any] = {"mean": (0.0,), "std": (1.0,)}
     if told.get("do_normalize", True) and "image_mean" in told and "image_std" in told:
         scale = {"mean": tuple(told["image_mean"]), "std": tuple(told["image_std"])}
-    return Preprocessing((height, width), **scale)
+    match resized:
+        case {"shortest_edge": int(short)} if "crop_pct" in told:
+            share = float(told["crop_pct"]) if short < 384 else None  # ConvNeXt's
+        case {"shortest_edge": int(short)}:
+            share = size[0] / short
+        case _:
+            share = None if cropped in (None, resized) else 0.0
+    return _cropping(size, scale, share, f"resize {resized}, crop {cropped}")
+
+
+def _cropping(
+    size: tuple[int, int], scale: dict[str, Any], share: float | None, told: str
+) -> tuple[Preprocessing, list[str]]:
+    """Of the share of the shorter side that is kept; ``None`` where all is squashed."""
+    made = Preprocessing(size, "crop" if share else "squash", **scale)
+    if share is None or abs(share - CROP_SHARE) < 0.01:
+        return made, []
+    kept = f"the middle {CROP_SHARE} of the shorter side" if share else "the whole image, squashed"
+    return made, [
+        f"the folder's preprocessing ({told}) is not offered here; assumed unless given: {kept} "
+        "(--size, --resize)"
+    ]
+
+
+def _height_and_width(size: object, name: str) -> tuple[int, int]:
+    match size:
+        case int():
+            return size, size
+        case {"height": int(height), "width": int(width)}:
+            return height, width
+        case {"shortest_edge": int(height)}:
+            return height, height
+    raise DiffsalError(f"{name}: size {size!r} is unknown; give height and width")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,12 +72,47 @@ def test_headless_and_foreign_code_are_refused(vit, tmp_path, rejects):
 def test_timm_folder(tmp_path):
     model = timm.create_model("resnet18", num_classes=2).eval()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    cfg = {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.25] * 3}
+    cfg = {"crop_pct": 0.875, "input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.25] * 3}
     config = {"architecture": "resnet18", "num_classes": 2, "pretrained_cfg": cfg}
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = load_model(tmp_path)
     assert loaded.architecture == "timm:resnet18"
-    assert loaded.preprocessing == Preprocessing((64, 64), mean=(0.5,), std=(0.25,))
+    assert loaded.preprocessing == Preprocessing((64, 64), "crop", mean=(0.5,), std=(0.25,))
+    assert loaded.notes == ("the file does not name the classes (--classes)",)
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model(images), loaded.model(images))
+
+
+PROCESSORS = {
+    "ViTImageProcessor": {"size": {"height": 64, "width": 48}},
+    "ConvNextImageProcessor": {"size": {"shortest_edge": 224}, "resample": 2},
+    "MobileNetV2ImageProcessor": {
+        "size": {"shortest_edge": 256},
+        "crop_size": {"height": 224, "width": 224},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_preprocessing_is_the_processors(name, vit, tmp_path):
+    processor = getattr(transformers, name)(**PROCESSORS[name])
+    processor.save_pretrained(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    expected = torch.as_tensor(processor(pixels, return_tensors="pt").pixel_values[0])
+    loaded = load_model(tmp_path)
+    assert (loaded.preprocessing(pixels) - expected).abs().max() < 0.02  # one of 256 levels
+    assert loaded.notes == ()
+
+
+def test_preprocessing_that_is_not_offered_is_told(vit, tmp_path):
+    transformers.DeiTImageProcessor().save_pretrained(tmp_path)  # squashed, then cropped
+    loaded = load_model(tmp_path)
+    assert loaded.preprocessing.size == (224, 224)
+    assert "squashed (--size, --resize)" in loaded.notes[0]
+
+
+def test_other_folders_are_refused_by_what_they_are(tmp_path, rejects):
+    rejects(tmp_path, "is a folder without a config.json: name the file of weights in it")
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    rejects(tmp_path, "is open_clip's, .* has no classes: put a linear layer on its visual tower")
