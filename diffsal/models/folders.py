@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +74,10 @@ def _read_by_transformers(path: Path) -> dict[str, Any]:
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(path, **local)
-        model, found = transformers.AutoModelForImageClassification.from_pretrained(
-            path, config=config, output_loading_info=True, **local
-        )
+        with _without_bars(transformers.utils.logging):
+            model, found = transformers.AutoModelForImageClassification.from_pretrained(
+                path, config=config, output_loading_info=True, **local
+            )
     except Exception as error:  # whatever others' files lead to
         raise DiffsalError(f"is no image classifier of transformers: {one_line(error)}") from error
     if missing := sorted(map(str, found["missing_keys"])):
@@ -90,6 +93,17 @@ def _read_by_transformers(path: Path) -> dict[str, Any]:
         "preprocessing": preprocessing,
         "notes": notes,
     }
+
+
+@contextmanager
+def _without_bars(logging: Any) -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _of_processor(path: Path) -> tuple[Preprocessing | None, list[str]]:
