@@ -1,6 +1,6 @@
 """What is measured of a family, by means of its own, and what is wrong with it.
 
-The model sees a batch: three images, and the first with other pixels in each of its quadrants.
+The model sees three images, and the first with other pixels in each of its quadrants, four times.
 
 - ``unsteady``: a pooled head's residual is the difference of its biases, the same for all images.
 - ``bypassed``: with the layer's output of a second image put in, the logits are the second's.
@@ -10,10 +10,10 @@ The model sees a batch: three images, and the first with other pixels in each of
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,10 @@ from diffsal.maps.run_record import replaced, tensors_in
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.maps.target_layers import TargetLayer, find_target_layer
 
+Find: TypeAlias = Callable[[nn.Module, Tensor | None], TargetLayer]
+
 _IMAGES = 3
+_DRAWS = 4  # of other pixels: where features mix widely, one draw alone is noisy
 _QUADRANTS = [(0, 0), (0, 1), (1, 0), (1, 1)]  # lower half, right half
 _TELLING = 1.05  # times what it moves on average that a cell moves with one of the quadrants
 _COSTLY = 8e6  # parameters, above which float32 has to do
@@ -97,33 +100,36 @@ def _of_refusal(family: Family, message: str) -> Iterator[str]:
         yield f"refused with another message: {message}"
 
 
-def observe(family: Family) -> Observation:
+def observe(family: Family, find: Find = find_target_layer) -> Observation:
     """Build a model of a family, find its layer and measure: in float64 where that is cheap."""
     started = time.perf_counter()
     torch.manual_seed(0)
     model = redraw(family.make()).eval()
     is_cheap = sum(parameter.numel() for parameter in model.parameters()) < _COSTLY
     images = _images(family.shape or _shape(model))
-    example = None if family.shape is None else images
-    seen = _observed(model, images, example, torch.float64 if is_cheap else torch.float32)
+    example = None if family.shape is None else images[:_IMAGES]
+    seen = _observed(model, images, example, torch.float64 if is_cheap else torch.float32, find)
     if seen.rounding > _ROUNDING:  # drawn so that the image is lost among biases
         _calibrate(model, images)
-        seen = _observed(model, images, example, torch.float64)
+        seen = _observed(model, images, example, torch.float64, find)
     return replace(seen, seconds=time.perf_counter() - started)
 
 
 def _observed(
-    model: nn.Module, images: Tensor, example: Tensor | None, dtype: torch.dtype
+    model: nn.Module, images: Tensor, example: Tensor | None, dtype: torch.dtype, find: Find
 ) -> Observation:
     model, images = model.to(dtype), images.to(dtype)
     try:
-        layer = find_target_layer(model, None if example is None else example.to(dtype))
+        layer = find(model, None if example is None else example.to(dtype))
     except DiffsalError as error:
         return Observation(message=str(error))
     layers = [layer, *layer.branches]
     with ExitStack() as stack:
         outputs = [stack.enter_context(_Output(one)) for one in layers]
-        maps = diffsal.explain(model, images, true=1, target_layers=layer)
+        maps = diffsal.explain(model, images[:_IMAGES], true=1, target_layers=layer)
+    with ExitStack() as stack, torch.no_grad():
+        moved = [stack.enter_context(_Output(one)) for one in layers]
+        model(torch.cat([images[:1], images[_IMAGES:]]))
     return Observation(
         layer=str(layer),
         layout=" + ".join(dict.fromkeys(str(one.reshape or "channels-first") for one in layers)),
@@ -132,12 +138,35 @@ def _observed(
         rounding=_rounding(maps.margin),
         finite=bool(torch.isfinite(maps.difference).all() & torch.isfinite(maps.margin).all()),
         bypassed=_bypassed(model, outputs, images, maps.logits),
-        in_place=min(in_place(one.features) for one in outputs),
+        in_place=min(in_place(one.features) for one in moved),
     )
 
 
+def torchcams_layer(model: nn.Module, example: Tensor | None) -> TargetLayer:
+    """The layer that torch-cam takes by itself, at its last call, whose output it keeps."""
+    from torchcam.methods._utils import locate_candidate_layer
+
+    dtype = next(model.parameters()).dtype
+    shape = _shape(model) if example is None else tuple(example.shape[1:])
+    name = locate_candidate_layer(model.float(), shape)  # which runs it in float32
+    model.to(dtype)
+    if not name:
+        raise DiffsalError("torch-cam finds no layer")
+    calls: list[None] = []
+    module = model.get_submodule(name)
+    handle = module.register_forward_hook(lambda *_: calls.append(None))
+    with torch.no_grad():
+        model(torch.zeros(1, *shape, dtype=dtype))
+    handle.remove()
+    return TargetLayer(name, module, call=len(calls) if len(calls) > 1 else None)
+
+
 def redraw(model: nn.Module) -> nn.Module:
-    """Draw what a library initialises to a constant: scales at zero, and heads, hide errors."""
+    """Draw what a library initialises to a constant: scales at zero, and heads, hide errors.
+
+    What begins small, as layer scales do, stays near 0.1, as it is once trained: with 1, mixers mix
+    all positions alike.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -149,7 +178,9 @@ def redraw(model: nn.Module) -> nn.Module:
             elif parameter.ndim <= 1 and "bias" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
             elif parameter.ndim <= 1:
-                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+                scale = 0.1 if 0 < parameter.abs().max() <= 0.1 else 1.0
+                drawn = torch.rand(parameter.shape, generator=generator) + 0.5
+                parameter.copy_(drawn * scale)
     return model
 
 
@@ -178,7 +209,7 @@ def _shape(model: nn.Module) -> tuple[int, ...]:
 
 
 def _images(shape: tuple[int, ...]) -> Tensor:
-    """Images of distinct brightness, contrast and colour, and four times the first, changed."""
+    """Images of distinct brightness, contrast and colour, and the first, changed by quadrants."""
     generator = torch.Generator().manual_seed(1)
     count, axes = _IMAGES, len(shape) - 1
     colour = torch.randn((count, shape[0], *(1,) * axes), generator=generator)
@@ -186,7 +217,7 @@ def _images(shape: tuple[int, ...]) -> Tensor:
     coarse = F.interpolate(blocks, size=shape[1:], mode="nearest")
     images = colour + coarse + torch.randn((count, *shape), generator=generator)
     changed = []
-    for lower, right in _QUADRANTS:
+    for lower, right in _QUADRANTS * _DRAWS:
         one = images[0].clone()
         height, width = shape[-2] // 2, shape[-1] // 2
         region = one[..., lower * height :, right * width :][..., :height, :width]
@@ -247,12 +278,16 @@ def _bypassed(model: nn.Module, outputs: list["_Output"], images: Tensor, logits
 
 
 def in_place(features: Tensor) -> float:
-    """Of the cells of each quadrant, how many move more with it than with the other three."""
-    first, changed = features[0], features[_IMAGES:]
-    moved = (changed - first).double().abs().sum(1)
+    """Of the cells of each quadrant, how many move more with it than with the other three.
+
+    Args:
+        features: of the first image, then of the changed ones: quadrant by quadrant, draw by draw.
+    """
+    moved = (features[1:] - features[0]).double().abs().sum(1)
     moved = moved.sum(1) if moved.ndim == 4 else moved
     # Some quadrants move everything more than others: each is measured by its mean over cells.
     moved = moved / moved.mean((1, 2), keepdim=True)
+    moved = moved.unflatten(0, (-1, len(_QUADRANTS))).mean(0)
     rows, columns = (_centres(side) for side in moved.shape[1:])
     own = 2 * (rows > 0.5).long()[:, None] + (columns > 0.5).long()
     clear = ((rows - 0.5).abs() > 1e-6)[:, None] & ((columns - 0.5).abs() > 1e-6)
