@@ -247,6 +247,59 @@ class PoolsBesideItsFeatures(nn.Module):
         return self.fc(self.base(x)["pooler_output"])
 
 
+class StagesOfTokens(nn.Module):
+    """As LeViT and Hiera: stages of linear layers and norms, which look like a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 4, 4)
+        self.stages = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 8))
+        self.norm, self.fc = nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.stages(self.stem(x).flatten(2).mT)
+        logits: Tensor = self.fc(self.norm(tokens.mean(1)))
+        return logits
+
+
+class ChannelsLast(nn.Module):
+    """As MambaOut: the container returns (B, h, w, C), with as many channels as cells a side."""
+
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.mix = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mix(self.stem(x).permute(0, 2, 3, 1)).relu()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.fc = ChannelsLast.Features(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.features(x).mean((1, 2)))
+        return logits
+
+
+class LayerNormAct(nn.LayerNorm):
+    """As timm's LayerNormAct2d: a LayerNorm by class, and yet it takes channels first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).relu()
+
+
+class NormOfChannelsFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 4, 4), LayerNormAct(8)
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.norm(self.stem(x)).mean((2, 3)))
+        return logits
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int]]] = {
     "reverse registration": (ReverseRegistration, "last", (8, 8)),
     "pools in the container": (PoolsInTheContainer, "features.0", (8, 8)),
@@ -270,6 +323,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, int]]] = {
     ),
     "one activation everywhere": (OneActivation, "act#2", (8, 8)),
     "pools beside its features": (PoolsBesideItsFeatures, "base.encoder", (8, 8)),
+    "stages of tokens": (StagesOfTokens, "stages", (8, 8)),
+    "channels last": (ChannelsLast, "features", (8, 8)),
+    "norm of channels first": (NormOfChannelsFirst, "norm", (8, 8)),
     "list of features": (TupleOfFeatures, "stages", (4, 4)),
 }
 # To first order only: the gradient through the pooling's own weights is part of the map.
@@ -428,3 +484,18 @@ def test_an_image_and_numbers(named: bool) -> None:
         maps = cam.maps(inputs, true=1)
     weight, bias = model.fc.weight[1] - model.fc.weight[0], model.fc.bias[1] - model.fc.bias[0]
     torch.testing.assert_close(maps.residual, (numbers @ weight[6:] + bias).detach())
+
+
+def test_an_oblong_grid_whose_cells_would_fill_a_square() -> None:
+    """16 x 9 tokens are 144, as are 12 x 12."""
+    torch.manual_seed(0)
+    model = StagesOfTokens().double().eval()
+    oblong = torch.rand(2, 3, 64, 36, dtype=torch.float64)
+    layer = find_target_layer(model, oblong)
+    maps = explain(model, oblong, 1, target_layers=layer)
+    changed = oblong.clone()
+    changed[:, :, :8, 28:] = 1 - changed[:, :, :8, 28:]
+    moved = explain(model, changed, 1, target_layers=layer).difference != maps.difference
+    assert moved.shape == (2, 16, 9)
+    assert moved[:, :2, 7:].all()
+    assert moved.sum() == 2 * 2 * 2

@@ -4,7 +4,7 @@ import doctest
 import math
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.resnet import BasicBlock
 from training.samples import (
@@ -77,26 +78,53 @@ def equations(
     }
 
 
-def densenet(outputs: int) -> tuple[nn.Module, Callable[[Tensor], Tensor], nn.Linear]:
+Network: TypeAlias = tuple[
+    nn.Module, Callable[[Tensor], Tensor], Callable[[], tuple[Tensor, Tensor]]
+]
+
+
+def linear(layer: nn.Linear) -> Callable[[], tuple[Tensor, Tensor]]:
+    return lambda: (layer.weight, layer.bias)
+
+
+def densenet(outputs: int) -> Network:
     model = models.DenseNet(16, (2, 2), 16, num_classes=outputs)
-    return model, lambda x: model.features(x).relu(), model.classifier
+    return model, lambda x: model.features(x).relu(), linear(model.classifier)
 
 
-def resnet(outputs: int) -> tuple[nn.Module, Callable[[Tensor], Tensor], nn.Linear]:
+def resnet(outputs: int) -> Network:
     model = models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=outputs)
-    return model, nn.Sequential(*list(model.children())[:-2]), model.fc
+    return model, nn.Sequential(*list(model.children())[:-2]), linear(model.fc)
 
 
-def efficientnet(outputs: int) -> tuple[nn.Module, Callable[[Tensor], Tensor], nn.Linear]:
+def efficientnet(outputs: int) -> Network:
     stages = [MBConvConfig(6, 3, 2, 16, 24, 1), MBConvConfig(6, 5, 2, 24, 40, 2)]
     model = models.EfficientNet(stages, 0.0, stochastic_depth_prob=0.0, num_classes=outputs)
-    return model, model.features, model.classifier[-1]
+    return model, model.features, linear(model.classifier[-1])
 
 
-@pytest.mark.parametrize("network", [densenet, resnet, efficientnet])
+def convnext(outputs: int) -> Network:
+    """A norm behind the pooling: centred features, times a scale that the image gives."""
+    stages = [CNBlockConfig(16, 24, 1), CNBlockConfig(24, None, 1)]
+    model = models.ConvNeXt(stages, layer_scale=0.1, num_classes=outputs)
+    layer_norm, _, fc = model.classifier
+    nn.init.uniform_(layer_norm.weight, 0.5, 1.5)
+    nn.init.normal_(layer_norm.bias)
+
+    def scaled(images: Tensor) -> Tensor:
+        features = model.features(images)
+        centred = features - features.mean(1, keepdim=True)
+        pooled = centred.mean((2, 3), keepdim=True)
+        spread = (pooled.square().mean(1, keepdim=True) + layer_norm.eps).sqrt()
+        return centred / spread * layer_norm.weight[:, None, None]
+
+    return model, scaled, lambda: (fc.weight, fc.bias + fc.weight @ layer_norm.bias)
+
+
+@pytest.mark.parametrize("network", [densenet, resnet, efficientnet, convnext])
 @pytest.mark.parametrize("outputs", [1, 2, 3])
 def test_losses_and_their_gradients_are_those_of_the_equations(
-    network: Callable[[int], Any], outputs: int
+    network: Callable[[int], Network], outputs: int
 ) -> None:
     torch.manual_seed(outputs)
     model, features, head = network(outputs)
@@ -106,9 +134,7 @@ def test_losses_and_their_gradients_are_those_of_the_equations(
     human[3] = torch.nan
     labels = LABELS if outputs < 3 else LABELS + torch.tensor([0, 0, 1, 0, 1])
     maps = take_maps(model, images, labels)
-    expected = equations(
-        features(images), head.weight, head.bias, labels, human, [True, True, True, False, True]
-    )
+    expected = equations(features(images), *head(), labels, human, [True, True, True, False, True])
     for name, terms in expected.items():
         criterion = LOSSES[name]()
         torch.testing.assert_close(criterion.terms(maps, human), terms, rtol=1e-9, atol=1e-9)
