@@ -12,11 +12,7 @@ from diffsal.errors import DiffsalError
 Reshape: TypeAlias = Callable[[Tensor], Tensor]
 Grid: TypeAlias = tuple[int, ...]
 
-_USUAL_PREFIXES = (
-    0,
-    1,
-    2,
-)  # tokens that are no patches: none, class, class and distillation
+_USUAL_PREFIXES = 0, 1, 2  # tokens that are no patches: none, class, class and distillation
 _MOST_PREFIX_TOKENS = 32  # registers too, where a feature map tells how many patches there are
 
 
@@ -97,37 +93,6 @@ def layout_from_word(word: str) -> Layout | None:
     if word == "none":
         return None
     raise DiffsalError(f"the reshape {word!r} is unknown: tokens:PREFIX, channels-last or none")
-
-
-def tokens_to_grid(output: Tensor, prefix_tokens: int = 0) -> Tensor:
-    """Tokens (B, N, C), of which the first ``prefix_tokens`` are no patches, to (B, C, h, w).
-
-    Raises:
-        DiffsalError: the patch tokens do not fill a square.
-
-    Example:
-        >>> import torch
-        >>> tokens_to_grid(torch.zeros(2, 1 + 9, 4), prefix_tokens=1).shape
-        torch.Size([2, 4, 3, 3])
-    """
-    side = math.isqrt(max(output.shape[1] - prefix_tokens, 0)) if output.ndim == 3 else 0
-    if side == 0 or side * side != output.shape[1] - prefix_tokens:
-        raise DiffsalError(
-            f"an output of shape {tuple(output.shape)} is no square of patch tokens: pass a "
-            "reshape_transform that brings it to (batch, channels, height, width)"
-        )
-    return Layout("tokens", (side, side), prefix_tokens)(output)
-
-
-def channels_first(output: Tensor) -> Tensor:
-    """Channels-last features (B, ..., C) to (B, C, ...).
-
-    Example:
-        >>> import torch
-        >>> channels_first(torch.zeros(2, 7, 7, 96)).shape
-        torch.Size([2, 96, 7, 7])
-    """
-    return output.movedim(-1, 1)
 
 
 def possible_layouts(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from diffsal.maps.layouts import channels_first, tokens_to_grid
+from diffsal.maps.layouts import Layout
 from diffsal.maps.salience import explain
 from diffsal.maps.target_layers import (
     find_target_layer,
@@ -101,7 +101,7 @@ def test_video_classifiers(name: str, expected: str) -> None:
 
 def test_tokens_go_where_their_patch_is() -> None:
     tokens = torch.randn(2, 2 + 9, 4)
-    grid = tokens_to_grid(tokens, prefix_tokens=2)
+    grid = Layout("tokens", (3, 3), prefix=2)(tokens)
     assert grid.shape == (2, 4, 3, 3)
     for row in range(3):
         for column in range(3):
@@ -109,15 +109,16 @@ def test_tokens_go_where_their_patch_is() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 4), (2, 9), (2, 3, 3, 4)])
-def test_tokens_that_fill_no_square(refused: Refused, shape: tuple[int, ...]) -> None:
+def test_tokens_that_do_not_fill_the_grid(refused: Refused, shape: tuple[int, ...]) -> None:
     with refused(re.escape(f"shape {shape}") + ".*reshape_transform"):
-        tokens_to_grid(torch.zeros(shape), prefix_tokens=1)
+        Layout("tokens", (3, 3), prefix=1)(torch.zeros(shape))
 
 
-def test_channels_first() -> None:
+def test_channels_last() -> None:
     image, volume = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 6, 5)
-    assert torch.equal(channels_first(image), image.permute(0, 3, 1, 2))
-    assert torch.equal(channels_first(volume), volume.permute(0, 4, 1, 2, 3))
+    plane, space = Layout("channels-last", (3, 4)), Layout("channels-last", (3, 4, 6))
+    assert torch.equal(plane(image), image.permute(0, 3, 1, 2))
+    assert torch.equal(space(volume), volume.permute(0, 4, 1, 2, 3))
 
 
 def test_features_of_a_class_token_transformer_are_where_their_patch_is() -> None:
