@@ -69,7 +69,8 @@ def test_all_numbers_equal_a_plain_loop(convnet, images, regions, donors):
     model, inputs = convnet(classes=3).double().eval(), images(8).double()
     inputs = inputs + spotted()
     found_maps = explain(model, inputs, true=2, false=0)
-    maps, margins = found_maps.difference, found_maps.margin
+    margins = found_maps.margin
+    maps = found_maps.difference + torch.randn(8, 4, 6)  # residuals of each image's own
     found = run_composites(
         model, inputs, maps, margins, LABELS, 2, 0,
         regions=regions, donors=donors, per_image=3, batch_size=5,
@@ -260,19 +261,21 @@ def test_batch_size_does_not_matter_and_the_model_is_left_alone(convnet):
     )
     maps = both_classes(model, images)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    sizes.clear(), modes.clear()
+    sizes.clear()  # only what is run below
+    modes.clear()
     found = [
         run_composites(model, images, maps.difference, maps.margin, LABELS, batch_size=size)
         for size in (3, 1000)
     ]
     assert torch.allclose(found[0].actual, found[1].actual, atol=1e-9)
     assert found[0].skill == pytest.approx(found[1].skill, abs=1e-9)
+    composite_margins(model, images, found[0])
     assert (max(sizes), min(sizes), any(modes), model[1].training) == (40, 1, False, True)
-    assert max(sizes[:-2]) == 3
+    assert max(sizes[:-3]) == 3
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("size", [(16, 24), (17, 29), (4, 6)])
+@pytest.mark.parametrize("size", [(16, 24), (33, 29), (4, 6)])
 def test_feathered_seams_blend_within_a_quarter_cell_of_the_seam(size):
     images = torch.stack([torch.zeros(1, *size), torch.ones(1, *size)])
     region = torch.zeros(1, 4, 6, dtype=torch.bool)
