@@ -97,10 +97,10 @@ def occlusion_drops(
         >>> occlusion_drops(model, image, grid=(1, 4))  # from 8 to the mean, 2
         tensor([[[6., 0., 0., 0.]]])
     """
-    cell_of_pixel = _cells(inputs, grid).to(inputs.device)
+    cell_of_pixel = cells_of_pixels(inputs, grid).to(inputs.device)
     baseline = _baseline(inputs, occluder, grid, seed)
     with evaluation_mode(model):
-        whole = contrast(_batched_logits(model, inputs, batch_size), true, false)
+        whole = contrast(batched_logits(model, inputs, batch_size), true, false)
 
         def occlude(sample: Tensor, cell: Tensor) -> Tensor:
             hidden = cell_of_pixel == cell[:, None, None, None]
@@ -185,10 +185,10 @@ def insertion_deletion(
     """
     size = _image_size(inputs)
     pixels = resize(one_map_each(maps, inputs), size).flatten(1)
-    position = _descending(pixels).view(len(inputs), 1, *size)
+    position = descending(pixels).view(len(inputs), 1, *size)
     moved = torch.linspace(0, pixels.shape[1], steps + 1, device=inputs.device).round()
     with evaluation_mode(model):
-        classes = _true_class(_batched_logits(model, inputs, batch_size), true)
+        classes = _true_class(batched_logits(model, inputs, batch_size), true)
 
         def probability(logits: Tensor, sample: Tensor) -> Tensor:
             return probabilities(logits).gather(1, classes[sample, None])[:, 0]
@@ -249,11 +249,11 @@ def road(
 
     size = _image_size(inputs)
     pixels = resize(one_map_each(maps, inputs), size).flatten(1)
-    relevance = (1 - _descending(pixels) / pixels.shape[1]).view(-1, *size).cpu().numpy()
+    relevance = (1 - descending(pixels) / pixels.shape[1]).view(-1, *size).cpu().numpy()
     metric = ROADCombined(list(percentiles))
 
     def logits(images: Tensor) -> Tensor:
-        return _logits(model, images.to(inputs.dtype))
+        return read_logits(model, images.to(inputs.dtype))
 
     def score(index: int, true_class: int) -> float:
         target = [lambda output: probabilities(output[None])[0, true_class]]
@@ -262,22 +262,26 @@ def road(
         return float(metric(inputs[one].float(), relevance[one], target, logits)[0])
 
     with evaluation_mode(model), torch.random.fork_rng(devices=[]):
-        classes = _true_class(_batched_logits(model, inputs, 1), true)
+        classes = _true_class(batched_logits(model, inputs, 1), true)
         scores = [score(*each) for each in enumerate(classes.tolist())]
     return torch.tensor(scores, device=inputs.device).where(varies(pixels), torch.nan)
 
 
-def _image_size(inputs: Tensor) -> tuple[int, int]:
-    if inputs.ndim != 4:
-        raise DiffsalError(
-            f"inputs of shape {tuple(inputs.shape)} are no images: perturbing them needs "
-            "(batch, channels, height, width)"
-        )
-    return inputs.shape[2], inputs.shape[3]
+def cells_of_pixels(inputs: Tensor, grid: Sequence[int]) -> Tensor:
+    """(H, W) int64 on the CPU: the cell, counted row by row, in which each pixel lies.
 
+    Args:
+        inputs: (B, C, H, W).
+        grid: (h, w); a pixel y lies in row ⌊y·h/H⌋.
 
-def _cells(inputs: Tensor, grid: Sequence[int]) -> Tensor:
-    """(H, W) int64: the cell, counted row by row, in which each pixel lies."""
+    Raises:
+        DiffsalError: inputs that are no images, a grid finer than they are.
+
+    Example:
+        >>> cells_of_pixels(torch.zeros(1, 3, 2, 5), (1, 2))
+        tensor([[0, 0, 0, 1, 1],
+                [0, 0, 0, 1, 1]])
+    """
     size = _image_size(inputs)
     if any(cells < 1 or cells > pixels for cells, pixels in zip(grid, size, strict=True)):
         raise DiffsalError(
@@ -288,6 +292,50 @@ def _cells(inputs: Tensor, grid: Sequence[int]) -> Tensor:
         torch.arange(pixels) * cells // pixels for cells, pixels in zip(grid, size, strict=True)
     )
     return row[:, None] * grid[1] + column
+
+
+def read_logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    """(B, K), at least float32: what a run of the model, in its present mode, means as logits.
+
+    Example:
+        >>> read_logits(nn.Flatten(0), torch.tensor([[0.5], [2.0]]).half())
+        tensor([[0.5000],
+                [2.0000]])
+    """
+    logits = logits_of_run(model, inputs).logits
+    if not isinstance(logits, Tensor):
+        return logits  # contrast says what is wrong with it
+    logits = logits[:, None] if logits.ndim == 1 else logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def batched_logits(model: nn.Module, inputs: Tensor, batch_size: int) -> Tensor:
+    """(B, K): :func:`read_logits` of so many inputs at a time.
+
+    Example:
+        >>> batched_logits(nn.Flatten(), torch.ones(3, 1, 1, 2), batch_size=2).shape
+        torch.Size([3, 2])
+    """
+    return torch.cat([read_logits(model, part) for part in torch.split(inputs, batch_size)])
+
+
+def descending(values: Tensor) -> Tensor:
+    """(B, N) int64: each value's position when values fall; the first of equals comes first.
+
+    Example:
+        >>> descending(torch.tensor([[1.0, 7.0, 3.0, 7.0]]))
+        tensor([[3, 0, 2, 1]])
+    """
+    return values.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
+
+def _image_size(inputs: Tensor) -> tuple[int, int]:
+    if inputs.ndim != 4:
+        raise DiffsalError(
+            f"inputs of shape {tuple(inputs.shape)} are no images: perturbing them needs "
+            "(batch, channels, height, width)"
+        )
+    return inputs.shape[2], inputs.shape[3]
 
 
 def _baseline(inputs: Tensor, occluder: Occluder, grid: Sequence[int], seed: int) -> Tensor:
@@ -313,19 +361,6 @@ def _blur(images: Tensor, sigmas: Sequence[float]) -> Tensor:
     return images
 
 
-def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    """(b, K), at least float32."""
-    logits = logits_of_run(model, inputs).logits
-    if not isinstance(logits, Tensor):
-        return logits  # contrast says what is wrong with it
-    logits = logits[:, None] if logits.ndim == 1 else logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _batched_logits(model: nn.Module, inputs: Tensor, batch_size: int) -> Tensor:
-    return torch.cat([_logits(model, part) for part in torch.split(inputs, batch_size)])
-
-
 def _score_variants(
     model: nn.Module,
     inputs: Tensor,
@@ -340,7 +375,7 @@ def _score_variants(
     scores = []
     for part in torch.split(index, batch_size):
         sample, variant = part // variants, part % variants
-        scores.append(score(_logits(model, build(sample, variant)), sample))
+        scores.append(score(read_logits(model, build(sample, variant)), sample))
     return torch.cat(scores).view(len(inputs), variants)
 
 
@@ -358,11 +393,6 @@ def _true_class(logits: Tensor, true: Classes) -> Tensor:
     if (classes == NO_CLASS).any():
         raise DiffsalError("a callable target has no probability: pass the index of a class")
     return classes
-
-
-def _descending(pixels: Tensor) -> Tensor:
-    """(B, H·W) int64: each pixel's position when values fall; the first of equals comes first."""
-    return pixels.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
 def _area(curve: Tensor) -> Tensor:
