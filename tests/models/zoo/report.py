@@ -56,16 +56,19 @@ def main() -> int:
     here = [index for index, one in enumerate(FAMILIES) if find_spec(one.library)]
     workers = os.cpu_count() or 1
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        rows = list(pool.map(_observed, here))
+        rows = [
+            Row(FAMILIES[index], *seen)
+            for index, seen in zip(here, pool.map(_observed, here), strict=True)
+        ]
     _PAGE.write_text(page(rows), encoding="utf-8")
     wrong = _wrong(rows)
     print("\n".join(wrong))
     return bool(wrong)
 
 
-def _observed(index: int) -> Row:
+def _observed(index: int) -> tuple[Observation, Observation]:
     family = FAMILIES[index]
-    return Row(family, _tried(family, find_target_layer), _tried(family, torchcams_layer))
+    return _tried(family, find_target_layer), _tried(family, torchcams_layer)
 
 
 def _tried(family: Family, find: Find) -> Observation:
