@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from diffsal.auditing.batches import draw_samples
+from diffsal.auditing.composites import CompositeTest, composite_test
 from diffsal.auditing.measure import measure_samples, measure_subset
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.settings import Settings
@@ -27,6 +28,8 @@ class Evidence:
         measured: the model's numbers.
         other: the reference's.
         randomisation: how alike the model's maps stay, by stage; ``None``: not tried.
+        composites: the composite test; or why it could not be run.
+        other_composites: the reference's.
         fooled: the stress test's copy; ``None`` where it could not be applied.
         obstacle: why; empty where it was.
     """
@@ -39,6 +42,8 @@ class Evidence:
     measured: Measured
     other: Measured | None
     randomisation: dict[str, Any] | None
+    composites: CompositeTest | str
+    other_composites: CompositeTest | str
     fooled: LoadedModel | None
     obstacle: str
 
@@ -54,14 +59,29 @@ def gather(
     measured = measure_samples(samples, index, loaded, settings, "audit")
     with running(settings.device, settings.preprocessing.size, settings.batch_size):
         randomisation = measure_subset(measured, loaded, settings)
+        composites = composite_test(measured, loaded, settings)
         fooled, obstacle = stress_test(index, split, measured, loaded, settings)
-    other = None
+    other: Measured | None = None
+    other_composites: CompositeTest | str = "there is no reference"
     if reference is not None:
         own = reference.preprocessing or replace(settings.preprocessing, channels=3)
         likewise = replace(settings, preprocessing=own)
         other = measure_samples(samples, index, reference, likewise, "reference")
+        with running(settings.device, own.size, settings.batch_size):
+            other_composites = composite_test(other, reference, likewise)
     return Evidence(
-        index, loaded, reference, settings, split, measured, other, randomisation, fooled, obstacle
+        index,
+        loaded,
+        reference,
+        settings,
+        split,
+        measured,
+        other,
+        randomisation,
+        composites,
+        other_composites,
+        fooled,
+        obstacle,
     )
 
 

@@ -12,10 +12,13 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from diffsal.auditing.rows import Measured, Number, described
+from diffsal.auditing.composites import CompositeTest
+from diffsal.auditing.rows import MAPS, Measured, Number, described
 from diffsal.auditing.wording import (
     Finding,
     brief,
+    classes_in_words,
+    composites_in_words,
     images_in_words,
     make_finding,
     moved,
@@ -32,15 +35,19 @@ from diffsal.training.loop import auroc
 _NOT_TAKEN = "no images were set aside for the slow methods, or all maps are constant"
 
 
-def find(measured: Measured, obstacle: str) -> tuple[list[Finding], list[dict[str, str]]]:
+def find(
+    measured: Measured, composites: CompositeTest | str, obstacle: str
+) -> tuple[list[Finding], list[dict[str, str]]]:
     """The findings, in the order of the report, and what could not be found and why.
 
     Args:
         measured: at least one image.
+        composites: the composite test; or why it could not be run.
         obstacle: why the stress test could not be applied; empty where it was.
     """
     left_out: dict[str, str] = {}
     findings = [
+        _composites(measured, composites, left_out),
         _common_mode(measured),
         _agreement(measured),
         _occlusion(measured),
@@ -51,6 +58,37 @@ def find(measured: Measured, obstacle: str) -> tuple[list[Finding], list[dict[st
         _stress_test(measured, obstacle, left_out),
     ]
     return findings, [{"what": what, "why": why} for what, why in left_out.items()]
+
+
+def _composites(measured: Measured, test: CompositeTest | str, left_out: dict[str, str]) -> Finding:
+    title = "Whether the decision is made where the difference map says"
+    limits = (
+        "Pasted images have seams, and networks look beyond a cell's edges: both lower the skill "
+        "of honest models too, so compare it with a model trained as long without a target for its "
+        "maps. A low skill does not tell that anyone meant it; a high one does not make the model "
+        "right, and who trains a model to pass this test may succeed."
+    )
+    if isinstance(test, str):
+        left_out["the composite test"] = test
+        return make_finding("composites", title, f"Could not be run: {test}.", limits, [])
+    numbers = test.numbers(measured.names, measured.seed)
+    skill, marked, soft, of_class_map, *by_class = numbers
+    if skill["mean"] is None:
+        says = "Undefined: composites do not change the margin, or the maps are constant."
+        return make_finding("composites", title, says, limits, numbers)
+    classes = " and ".join(
+        f"{brief(number)} in images of {name}"
+        for name, number in zip(measured.names, by_class, strict=False)
+    )
+    says = (
+        f"{composites_in_words(skill, marked)} A region of one image was pasted into an image of "
+        "the other class, and the maps of both foretold the model's margin. Composite skill, 1 "
+        "where they are exact and 0 where they are no better than a guess that takes every place "
+        f"to count alike: {tell(skill)} for random rectangles, {brief(marked)} for what the map "
+        f"marks, {brief(soft)} with soft seams; {classes}. For the class map, scaled to fit, "
+        f"{brief(of_class_map)}."
+    )
+    return make_finding("composites", title, says, limits, numbers)
 
 
 def _common_mode(measured: Measured) -> Finding:
@@ -118,6 +156,7 @@ def _agreement(measured: Measured) -> Finding:
 def _occlusion(measured: Measured) -> Finding:
     maps = measured.per_map("occlusion", "", "rank correlation")
     paired = measured.paired("occlusion", "", "rank correlation")
+    by_class = measured.by_class("occlusion_difference", MAPS["difference"], "rank correlation")
     relation = {
         1: "The more the difference map marks a cell, the more occluding it lowers the margin",
         0: "No relation was found between what the difference map marks and what moves the margin",
@@ -132,7 +171,8 @@ def _occlusion(measured: Measured) -> Finding:
     if maps["difference"]["mean"] is not None:
         says = (
             f"{relation}: rank correlation {tell(maps['difference'])}; for the class map, "
-            f"{brief(maps['true'])}. Image by image, {which}: {brief(paired)}."
+            f"{brief(maps['true'])}. Image by image, {which}: {brief(paired)}. By class, for the "
+            f"difference map: {classes_in_words(by_class)}."
         )
     return make_finding(
         "occlusion",
@@ -140,7 +180,7 @@ def _occlusion(measured: Measured) -> Finding:
         says,
         "Occluded images are unlike those that the model knows, and cells are occluded one by one: "
         "what matters only together goes unseen. A map can be faithful and the model still wrong.",
-        [*maps.values(), paired],
+        [*maps.values(), paired, *by_class.values()],
     )
 
 

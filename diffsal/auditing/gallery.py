@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from diffsal.auditing.evidence import Evidence
-from diffsal.auditing.report import picture
+from diffsal.auditing.report import data_uri, picture
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.settings import Settings
 from diffsal.data.index import Sample
@@ -89,6 +89,16 @@ def draw_gallery(
     positions = known[np.linspace(0, len(known) - 1, _SHOWN).round().astype(int)].tolist()
     pairs = zip(draw(loaded, positions), draw(fooled, positions), strict=True)
     return groups, [{"before": before, "after": after} for before, after in pairs]
+
+
+def draw_composites(evidence: Evidence) -> list[dict[str, Any]]:
+    """Composites that are shown: numbers; receiver, donor and both in one as data URIs."""
+    test = evidence.composites
+    if isinstance(test, str):
+        return []
+    return [
+        one | {"views": [data_uri(pixels) for pixels in one["pixels"]]} for one in test.pictures
+    ]
 
 
 def _pictures(

@@ -28,6 +28,7 @@ _LARGEST = 224  # pixels of a picture's longer side
 _BINS = 24
 _SCALES = {
     "rank correlation": (-1.0, 1.0),
+    "skill": (-1.0, 1.0),
     "share": (0.0, 1.0),
     "area": (0.0, 1.0),
     "probability difference": (-1.0, 1.0),
@@ -41,6 +42,7 @@ def render_report(
     columns: Columns,
     gallery: Sequence[Mapping[str, Any]],
     stress: Sequence[Mapping[str, Any]],
+    composites: Sequence[Mapping[str, Any]],
 ) -> str:
     """The page.
 
@@ -49,6 +51,7 @@ def render_report(
         columns: the numbers of ``per-image.csv``, (N,) each, for the distributions.
         gallery: groups of images, with rows of ``per-image.csv`` and pictures as data URIs.
         stress: the same of single images ``before`` and ``after`` the stress test.
+        composites: what ``composites.shown`` of ``audit.json`` has, and ``views`` as data URIs.
     """
     environment = Environment(
         loader=PackageLoader("diffsal.auditing"),
@@ -64,6 +67,7 @@ def render_report(
         strip=_strip,
         gallery=gallery,
         stress=stress,
+        composites=composites,
     )
 
 
@@ -184,6 +188,8 @@ def _plots(audit: Mapping[str, Any], columns: Columns) -> dict[str, list[Markup]
 
 def _kind(name: str) -> str:
     """Which map a number is of, by which it is coloured."""
+    if name.startswith("composite_skill"):
+        return "true" if name.endswith("_true") else "difference"
     measure, _, kind = name.rpartition("_")
     return kind if measure in MEASURES_OF_MAPS else "neutral"
 

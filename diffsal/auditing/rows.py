@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -35,6 +35,8 @@ COLUMNS = (
     "true_false",
     *(f"{measure}_{kind}" for measure in MEASURES_OF_MAPS for kind in MAPS),
     "marked",
+    "composite_error",
+    "alike_error",
     "target_before",
     "target_after",
     "share_after",
@@ -95,6 +97,16 @@ class Measured:
         """Whether maps and biases are the margin, as with a pooled linear head."""
         gap, margin = (np.abs(self.column(name)).max() for name in ("unexplained", "margin"))
         return bool(gap <= 1e-3 * margin)
+
+    def by_class(self, name: str, label: str, unit: str) -> dict[str, Number]:
+        """The mean of a column within each class that has images, by its name."""
+        found = {}
+        for one in self.names:
+            rows = [row for row in self.rows if row["label"] == one]
+            if rows:
+                number = replace(self, rows=rows).number(name, f"{label}, {one}", unit)
+                found[one] = number | {"class": one}
+        return found
 
     @property
     def flips(self) -> int:

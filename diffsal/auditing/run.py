@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from diffsal import __version__
+from diffsal.auditing.composites import PER_IMAGE
 from diffsal.auditing.evidence import Evidence, gather
 from diffsal.auditing.findings import find
-from diffsal.auditing.gallery import choose_gallery, draw_gallery
+from diffsal.auditing.gallery import choose_gallery, draw_composites, draw_gallery
 from diffsal.auditing.measure import CURVE_STEPS, OCCLUDER, mean_curves, occlusion_grid
 from diffsal.auditing.report import render_report
 from diffsal.auditing.rows import COLUMNS, Measured, Row
@@ -71,7 +72,8 @@ def audit(
     document = _document(evidence, gallery)
     columns = {name: evidence.measured.column(name) for name in COLUMNS}
     with TemporaryDirectory() as scratch:
-        page = render_report(document, columns, *draw_gallery(gallery, evidence, Path(scratch)))
+        pictures = *draw_gallery(gallery, evidence, Path(scratch)), draw_composites(evidence)
+        page = render_report(document, columns, *pictures)
 
     _write_rows(folder / "per-image.csv", evidence.measured.rows)
     if evidence.other is not None:
@@ -95,12 +97,15 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 def _document(evidence: Evidence, gallery: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of ``audit.json``."""
     index, measured, comparison = evidence.index, evidence.measured, None
-    findings, left_out = find(measured, evidence.obstacle)
+    findings, left_out = find(measured, evidence.composites, evidence.obstacle)
     if evidence.reference is not None and evidence.other is not None:
-        comparison = {"model": identity(evidence.reference)} | compare(measured, evidence.other)
+        tests = evidence.composites, evidence.other_composites
+        comparison = {"model": identity(evidence.reference)} | compare(
+            measured, evidence.other, tests
+        )
     return {
         "format": "diffsal-audit",
-        "format_version": 1,
+        "format_version": 2,
         "diffsal_version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": identity(evidence.loaded),
@@ -112,6 +117,9 @@ def _document(evidence: Evidence, gallery: list[dict[str, Any]]) -> dict[str, An
         "reference": comparison,
         "curves": mean_curves(measured),
         "randomisation": evidence.randomisation,
+        "composites": None
+        if isinstance(evidence.composites, str)
+        else evidence.composites.facts(measured.seed),
         "gallery": [
             {**group, "images": [measured.rows[image]["path"] for image in group["images"]]}
             for group in gallery
@@ -141,6 +149,7 @@ def _settings_facts(settings: Settings, measured: Measured) -> dict[str, Any]:
         "device": str(settings.device),
         "outputs": measured.outputs,
         "cells": list(measured.cells),
+        "composites_per_image": PER_IMAGE,
         "occluder": OCCLUDER,
         "occlusion_grid": occlusion_grid(measured.cells),
         "curve_steps": CURVE_STEPS,

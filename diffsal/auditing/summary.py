@@ -1,11 +1,22 @@
 """The audit in a few sentences, alone and beside a reference model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+from diffsal.auditing.composites import CompositeTest
 from diffsal.auditing.rows import Measured, Number, described
-from diffsal.auditing.wording import Finding, images_in_words, moved, percent, sign, tell, written
+from diffsal.auditing.wording import (
+    Finding,
+    classes_in_words,
+    composites_in_words,
+    images_in_words,
+    moved,
+    percent,
+    sign,
+    tell,
+    written,
+)
 from diffsal.data.index import Index
 from diffsal.faithfulness.statistics import interval
 from diffsal.maps.caveats import explains_little, is_coarse
@@ -33,14 +44,27 @@ def summarize(findings: list[Finding], measured: Measured, index: Index, split: 
     """
     numbers = {number["name"]: number for finding in findings for number in finding["numbers"]}
     return [
+        _composites(numbers),
         _audited(numbers, measured, index, split),
         _common_mode(numbers, measured),
         *_caveats(measured),
-        *_occlusion(numbers),
+        *_occlusion(numbers, measured),
         _stress_test(numbers, measured),
         "No number here, and no set of them, proves that a heatmap shows what decides: each tells "
         "what was looked for and whether it was found.",
     ]
+
+
+def _composites(numbers: _Numbers) -> str:
+    if "composite_skill" not in numbers:
+        return "Whether the decision is made where the maps say could not be tested by composites."
+    skill, marked = (numbers[f"composite_skill{kind}"] for kind in ("", "_marked"))
+    if skill["mean"] is None:
+        return "Composites of two images do not change its decisions: where they are made is open."
+    return (
+        f"{composites_in_words(skill, marked)} Composite skill {written(skill['mean'])} for random "
+        f"parts, {written(marked['mean'])} for marked ones; 1 is exact, 0 is that guess."
+    )
 
 
 def _audited(numbers: _Numbers, measured: Measured, index: Index, split: str) -> str:
@@ -86,7 +110,7 @@ def _caveats(measured: Measured) -> list[str]:
     return said
 
 
-def _occlusion(numbers: _Numbers) -> list[str]:
+def _occlusion(numbers: _Numbers, measured: Measured) -> list[str]:
     difference, true = (numbers[f"occlusion_{kind}"] for kind in ("difference", "true"))
     if difference["mean"] is None:
         return []
@@ -95,10 +119,13 @@ def _occlusion(numbers: _Numbers) -> list[str]:
         0: "was not found to move the margin",
         -1: "raises the margin, against what they say",
     }
+    by_class = measured.by_class("occlusion_difference", "", "rank correlation")
+    differs = len({sign(number) for number in by_class.values()}) > 1
+    apart = f" Classes differ: {classes_in_words(by_class)}." if differs else ""
     return [
         f"Occluding what its difference maps mark {relations[sign(difference)]} (rank "
         f"correlation {written(difference['mean'])}); occluding what its class maps mark "
-        f"{relations[sign(true)]} ({written(true['mean'])})."
+        f"{relations[sign(true)]} ({written(true['mean'])}).{apart}"
     ]
 
 
@@ -114,12 +141,15 @@ def _stress_test(numbers: _Numbers, measured: Measured) -> str:
     )
 
 
-def compare(measured: Measured, other: Measured) -> dict[str, Any]:
+def compare(
+    measured: Measured, other: Measured, tests: Sequence[CompositeTest | str] = ()
+) -> dict[str, Any]:
     """Two models on the images that both could be measured on.
 
     Args:
         measured: the model's.
         other: the reference's, of the same samples.
+        tests: the composite test of both; or why it could not be run.
 
     Returns:
         ``reference`` of ``audit.json``, without the reference's identity.
@@ -141,14 +171,42 @@ def compare(measured: Measured, other: Measured) -> dict[str, Any]:
         "reference is measured with the same methods, and they fail alike.",
         "agreement": agreement,
         "numbers": [
-            {
-                "model": mine.number(*column),
-                "reference": yours.number(*column),
-                "difference": described(
-                    *column,
-                    interval(mine.column(column[0]) - yours.column(column[0]), measured.seed),
-                ),
-            }
-            for column in _COMPARED
+            *_skills(tests, measured),
+            *(
+                {
+                    "model": mine.number(*column),
+                    "reference": yours.number(*column),
+                    "difference": described(
+                        *column,
+                        interval(mine.column(column[0]) - yours.column(column[0]), measured.seed),
+                    ),
+                }
+                for column in _COMPARED
+            ),
         ],
+    }
+
+
+def _skills(tests: Sequence[CompositeTest | str], measured: Measured) -> list[dict[str, Number]]:
+    """Composite skills of both, and their difference, which has no interval."""
+    pair = [
+        test.numbers(measured.names, measured.seed)[:2]
+        for test in tests
+        if isinstance(test, CompositeTest)
+    ]
+    if len(pair) < 2:
+        return []
+    return [
+        {"model": mine, "reference": yours, "difference": mine | _less(mine, yours)}
+        for mine, yours in zip(*pair, strict=True)
+    ]
+
+
+def _less(mine: Number, yours: Number) -> Number:
+    known = mine["mean"] is not None and yours["mean"] is not None
+    return {
+        "mean": mine["mean"] - yours["mean"] if known else None,
+        "low": None,
+        "high": None,
+        "n": min(mine["n"], yours["n"]),
     }

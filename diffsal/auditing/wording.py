@@ -1,6 +1,7 @@
 """Numbers to words: intervals, signs and shares as an auditor reads them."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from diffsal.auditing.rows import Number
@@ -111,3 +112,48 @@ def moved(before: Number, after: Number) -> str:
     if after["mean"] <= before["mean"] / 2:
         return "made to show"
     return "moved towards" if after["mean"] < before["mean"] else "brought no nearer to"
+
+
+def classes_in_words(numbers: Mapping[str, Number]) -> str:
+    """A number within each class, by its name.
+
+    Example:
+        >>> classes_in_words({"ill": {"mean": 0.5, "low": 0.25, "high": 0.75}})
+        'ill 0.500 (0.250 to 0.750)'
+    """
+    return ", ".join(f"{name} {brief(number)}" for name, number in numbers.items())
+
+
+def composites_in_words(skill: Number, marked: Number) -> str:
+    """What the composite test found: of random regions, and of those that the maps mark.
+
+    Example:
+        >>> good = {"mean": 0.5, "low": 0.4, "high": 0.6}
+        >>> bad = {"mean": -1, "low": -2, "high": -0.5}
+        >>> composites_in_words(good, good).partition(":")[0]
+        'The decision is made where the difference maps say, as far as this test can tell'
+        >>> composites_in_words(bad, good).partition(":")[0]
+        'It was not found that the decision is made where the difference maps say'
+    """
+    foretold = (
+        "when part of one image is put into another, the maps foretell how the decision changes"
+    )
+    signs = {sign(skill), sign(marked)}
+    if signs == {1}:
+        return (
+            "The decision is made where the difference maps say, as far as this test can tell: "
+            f"{foretold} better than a guess that takes every place to count alike."
+        )
+    if 1 in signs:
+        kind = "random parts but not for those that they mark"
+        if sign(marked) == 1:
+            kind = "the parts that they mark but not for random ones"
+        return (
+            "It was not found that the decision is made where the difference maps say: "
+            f"{foretold} for {kind}."
+        )
+    worse = "worse than" if -1 in signs else "no better than"
+    return (
+        "It was not found that the decision is made where the difference maps say: "
+        f"{foretold} {worse} a guess that takes every place to count alike."
+    )

@@ -47,7 +47,7 @@ def test_images_that_cannot_be_read_are_told_and_left_out(tmp_path):
     result = audit(index, loaded_model(tmp_path), tmp_path, settings(subset=0))
     assert [Path(one["path"]).name for one in result["failed"]] == ["8-2.png"]
     assert (result["data"]["audited"], result["data"]["failed"]) == (7, 1)
-    assert "1 more could not be measured" in result["summary"][0]
+    assert "1 more could not be measured" in result["summary"][1]
     assert "8-2.png" in (tmp_path / "report.html").read_text("utf-8")
 
 

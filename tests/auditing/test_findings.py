@@ -35,10 +35,13 @@ class PerceptronHead(nn.Module):
 
 
 def test_every_number_follows_from_the_rows(audited):
-    numbers = [number for number in audited.numbers() if number["name"] != "auroc"]
+    other = "auroc", "composite_skill"
+    numbers = [number for number in audited.numbers() if not number["name"].startswith(other)]
     assert len(numbers) > 30
+    labels = np.array(audited.table["label"])
     for number in numbers:
         values = column(audited.table, number["name"])
+        values = values[labels == number["class"]] if "class" in number else values
         values = values[~np.isnan(values)]
         assert number["n"] == len(values) > 0
         assert number["mean"] == pytest.approx(values.mean(), rel=1e-9, abs=1e-12)
@@ -68,11 +71,11 @@ def test_area_under_the_roc_curve(audited):
 
 
 def test_every_finding_says_what_it_does_not_show(audited):
-    assert next(iter(audited.findings)) == "common-mode"
+    assert next(iter(audited.findings)) == "composites"
     for finding in audited.json["findings"]:
         assert finding["says"].endswith(".")
         assert finding["limits"].endswith(".")
-    assert 3 <= len(audited.json["summary"]) <= 6
+    assert 3 <= len(audited.json["summary"]) <= 7
     page = audited.page.lower()
     assert not [
         word for word in ("trustworthy", " is safe", "innocent", "nan") if f"{word} " in page

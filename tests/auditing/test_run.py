@@ -10,6 +10,7 @@ from auditing.samples import NAMES, loaded_model, settings, write_index
 import diffsal.auditing.measure
 import diffsal.auditing.run
 import diffsal.auditing.stress
+from diffsal.auditing.composites import KINDS
 from diffsal.auditing.rows import COLUMNS
 from diffsal.auditing.run import audit
 from diffsal.data.index import Index, Sample, read_index
@@ -20,14 +21,17 @@ DOCUMENTATION = Path(__file__).parents[2] / "docs" / "audit.md"
 
 def test_files_and_schema_are_documented(audited):
     assert audited.json == json.loads(json.dumps(audited.result))
-    assert (audited.json["format"], audited.json["format_version"]) == ("diffsal-audit", 1)
+    assert (audited.json["format"], audited.json["format_version"]) == ("diffsal-audit", 2)
     assert list(audited.table) == ["path", "label", "predicted", *COLUMNS]
     documentation = DOCUMENTATION.read_text("utf-8")
     document = audited.json
     documented = {*document, *document["model"], *document["data"], *document["settings"]}
     documented |= {*document["randomisation"], *document["reference"], *document["gallery"][0]}
-    documented |= {*document["findings"][0], *document["curves"]}
-    documented |= {*document["findings"][0]["numbers"][0], *audited.findings, *COLUMNS}
+    documented |= {*document["findings"][0], *document["curves"], *document["composites"]}
+    documented |= {*KINDS, *document["composites"]["kinds"]["same"]}
+    documented |= {*document["composites"]["shown"][0]}
+    documented |= {*audited.findings, *COLUMNS}
+    documented |= {key for number in audited.numbers() for key in number}
     assert not [name for name in documented if f"`{name}`" not in documentation]
 
 

@@ -21,7 +21,11 @@ def test_reference_is_measured_on_the_same_images(audited):
     document = audited.json["reference"]
     alike = np.array(mine["predicted"]) == np.array(theirs["predicted"])
     assert document["agreement"]["mean"] == pytest.approx(alike.mean())
-    for row in document["numbers"]:
+    skills = [row for row in document["numbers"] if row["model"]["unit"] == "skill"]
+    assert [row["model"]["name"] for row in skills] == ["composite_skill", "composite_skill_marked"]
+    for row in skills:
+        assert row["difference"]["mean"] == row["model"]["mean"] - row["reference"]["mean"]
+    for row in document["numbers"][len(skills) :]:
         name = row["model"]["name"]
         assert row["reference"]["mean"] == pytest.approx(np.nanmean(theirs[name]))
         assert row["difference"]["mean"] == pytest.approx(np.nanmean(mine[name] - theirs[name]))
@@ -50,6 +54,7 @@ def test_a_head_shifted_model_is_told_apart(audited, tmp_path):
     result = audit(audited.index, fooled, tmp_path, settings(subset=0), audited.loaded)
     by_name = {row["model"]["name"]: row for row in result["reference"]["numbers"]}
     assert by_name["common_mode_share"]["difference"]["low"] > 0
+    assert by_name["composite_skill"]["difference"]["mean"] == pytest.approx(0, abs=1e-3)
     assert by_name["occlusion_difference"]["difference"]["mean"] == pytest.approx(0, abs=0.02)
     assert by_name["correct"]["difference"]["mean"] == 0
     assert result["reference"]["agreement"]["mean"] == 1

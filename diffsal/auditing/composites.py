@@ -1,0 +1,253 @@
+"""The composite test within an audit: is the decision made where the difference map says?"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffsal.auditing.batches import read_batches
+from diffsal.auditing.rows import Measured, Number, described, plain
+from diffsal.auditing.settings import Settings
+from diffsal.data.index import Sample
+from diffsal.data.preprocessing import Preprocessing
+from diffsal.errors import DiffsalError
+from diffsal.faithfulness.composites import (
+    Composites,
+    compare,
+    in_logits,
+    run_composites,
+    skill_interval,
+)
+from diffsal.faithfulness.pasting import pasted
+from diffsal.faithfulness.statistics import Interval
+from diffsal.maps.contrast import class_count
+from diffsal.maps.salience import explain
+from diffsal.models.checkpoints import LoadedModel
+
+KINDS: dict[str, dict[str, Any]] = {
+    "rectangles": {},
+    "marked": {"regions": "marked"},
+    "feathered": {"seams": "feathered"},
+    "same": {"donors": "same"},
+}
+"""What is pasted, as arguments of :func:`run_composites`; what is left out is as in the first."""
+_MOST = 100  # images of each class: beyond these intervals narrow slowly
+PER_IMAGE = 4  # composites of each kind
+_PICTURED = (25, 50, 75)  # percentiles of the prediction's error
+
+
+@dataclass(frozen=True)
+class CompositeTest:
+    """What came of the composite test, over images of two classes.
+
+    Attributes:
+        samples: the images.
+        labels: (B,) int64, 0 or 1.
+        found: composites by kind, see :data:`KINDS`; margins are of class 1 against class 0.
+        class_map: of the first kind, predicted by the class maps, scaled to fit the margins.
+        pictures: of single composites: positions among the samples, numbers and pixels.
+    """
+
+    samples: list[Sample]
+    labels: Tensor
+    found: dict[str, Composites]
+    class_map: Composites
+    pictures: list[dict[str, Any]]
+
+    def numbers(self, names: list[str], seed: int) -> list[Number]:
+        """Skills with their intervals: by kind, by the receivers' class, of the class map."""
+        first = self.found["rectangles"]
+        of_class = self.labels[first.receiver]
+        parts = {
+            "composite_skill": ("Difference map, composites", first),
+            "composite_skill_marked": (
+                "Difference map, composites of what it marks",
+                self.found["marked"],
+            ),
+            "composite_skill_feathered": (
+                "Difference map, composites with soft seams",
+                self.found["feathered"],
+            ),
+            "composite_skill_true": ("Class map, composites", self.class_map),
+            **{
+                f"composite_skill_of_{label}": (
+                    f"Difference map, composites in images of {names[label]}",
+                    first[of_class == label],
+                )
+                for label in (0, 1)
+            },
+        }
+        return [
+            described(name, label, "skill", skill_interval(part, seed=seed), chance=0.0)
+            for name, (label, part) in parts.items()
+        ]
+
+    def facts(self, seed: int) -> dict[str, Any]:
+        """What ``audit.json`` keeps: per kind, and the composites that are shown."""
+        return {
+            "images": len(self.samples),
+            "kinds": {
+                kind: {
+                    "composites": len(one),
+                    **_plain(skill_interval(one, seed=seed)),
+                    "slope": plain([one.slope])[0],
+                    "correlation": plain([one.correlation])[0],
+                }
+                for kind, one in self.found.items()
+            },
+            "shown": [
+                {name: value for name, value in picture.items() if name != "pixels"}
+                for picture in self.pictures
+            ],
+        }
+
+
+def composite_test(
+    measured: Measured, loaded: LoadedModel, settings: Settings
+) -> CompositeTest | str:
+    """Run the composite test on at most 100 images of each class; or why it cannot be run."""
+    if class_count(torch.stack(measured.logits)) != 2:
+        return "it sets one class against one other, and the model tells more than two apart"
+    read = _read(_spaced(measured), loaded, settings)
+    try:
+        found = {
+            kind: run_composites(
+                loaded.model,
+                read.inputs,
+                read.difference,
+                read.margin,
+                read.labels,
+                per_image=PER_IMAGE,
+                batch_size=settings.batch_size,
+                seed=settings.seed,
+                **arguments,
+            )
+            for kind, arguments in KINDS.items()
+        }
+    except DiffsalError as error:
+        return str(error)
+    first = found["rectangles"]
+    class_map = compare(
+        first, in_logits(read.own, read.margin, read.labels), read.margin, first.actual
+    )
+    for column, guess in (("composite_error", first.predicted), ("alike_error", first.uniform)):
+        _add_errors(measured, read.samples, first, column, guess)
+    pictures = [_picture(first, row, read, settings.preprocessing) for row in _shown(first)]
+    return CompositeTest(read.samples, read.labels, found, class_map, pictures)
+
+
+def _spaced(measured: Measured) -> list[Sample]:
+    """Images of both classes, evenly spaced, in the order of the index."""
+    labels = np.array([sample.label for sample in measured.samples])
+    chosen: list[int] = []
+    for label in (0, 1):
+        own = np.flatnonzero(labels == label)
+        count = min(_MOST, len(own))
+        chosen += own[np.linspace(0, len(own) - 1, count).round().astype(int)].tolist()
+    return [measured.samples[position] for position in sorted(chosen)]
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Inputs (B, C, H, W), on the device; labels (B,), maps (B, h, w), margins (B,), on the CPU.
+
+    ``difference`` and ``margin`` are of class 1 against class 0, ``own`` is the label's class map.
+    """
+
+    samples: list[Sample]
+    inputs: Tensor
+    labels: Tensor
+    difference: Tensor
+    margin: Tensor
+    own: Tensor
+
+
+def _read(samples: list[Sample], loaded: LoadedModel, settings: Settings) -> _Images:
+    kept: list[Sample] = []
+    parts: list[tuple[Tensor, ...]] = []
+    for batch in read_batches(samples, loaded, settings, "composites", []):
+        maps = explain(
+            loaded.model, batch.inputs, true=1, false=0, target_layers=loaded.target_layer
+        )
+        own = torch.where((batch.labels == 1)[:, None, None], maps.true, maps.false)
+        of_maps = (one.cpu() for one in (batch.labels, maps.difference, maps.margin, own))
+        kept += batch.samples
+        parts.append((batch.inputs, *of_maps))
+    return _Images(kept, *map(torch.cat, zip(*parts, strict=True)))
+
+
+def _add_errors(
+    measured: Measured, samples: list[Sample], found: Composites, column: str, guess: Tensor
+) -> None:
+    """Each receiver's mean squared error, in logits², as a column of its row."""
+    sums = torch.zeros(len(samples), dtype=torch.float64)
+    sums.index_add_(0, found.receiver, (found.actual - guess).square())
+    measured.add_columns(samples, {column: sums / PER_IMAGE})
+
+
+def _shown(found: Composites) -> list[int]:
+    """Composites at three percentiles of the error: better, middling and worse ones."""
+    order = (found.actual - found.predicted).abs().argsort(stable=True)
+    return [int(order[round(share / 100 * (len(order) - 1))]) for share in _PICTURED]
+
+
+def _picture(
+    found: Composites, row: int, read: _Images, preprocessing: Preprocessing
+) -> dict[str, Any]:
+    one = found[row : row + 1]
+    receiver, donor = int(one.receiver), int(one.donor)
+    views = torch.cat([read.inputs[[receiver, donor]], pasted(read.inputs, one)])
+    pixels = [_with_border(_pixels(view, preprocessing), one.region[0]) for view in views]
+    return {
+        "receiver": str(read.samples[receiver].path),
+        "donor": str(read.samples[donor].path),
+        "region": one.region[0].int().tolist(),
+        "before": float(one.before),
+        "donor_margin": float(read.margin[donor]),
+        "predicted": float(one.predicted),
+        "alike": float(one.uniform),
+        "actual": float(one.actual),
+        "pixels": pixels,
+    }
+
+
+def _pixels(view: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 of a network's input (C, H, W)."""
+    mean, std = (
+        torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)
+    )
+    shown = (view.cpu().float() * std + mean).clamp(0, 1) * 255
+    levels = shown.round().byte().expand(3, -1, -1).permute(1, 2, 0)
+    pixels: NDArray[np.uint8] = levels.contiguous().numpy()
+    return pixels
+
+
+def _with_border(pixels: NDArray[np.uint8], region: Tensor) -> NDArray[np.uint8]:
+    """A line around the region, light within dark, legible on any ground."""
+    height, width = pixels.shape[:2]
+    rows, columns = (
+        torch.arange(size) * cells // size
+        for size, cells in zip((height, width), region.shape, strict=True)
+    )
+    inside = region[rows][:, columns]
+    reach = max(1, min(height, width) // 112)
+    drawn: NDArray[np.uint8] = pixels.copy()
+    for width_, colour in ((2 * reach, 0), (reach, 255)):
+        drawn[(inside & ~_eroded(inside, width_)).numpy()] = colour
+    return drawn
+
+
+def _eroded(inside: Tensor, reach: int) -> Tensor:
+    """Pixels whose whole neighbourhood is inside; beyond the image's border all counts as such."""
+    outside = (~inside).float()[None, None]
+    grown = F.max_pool2d(outside, 2 * reach + 1, 1, reach)
+    return grown[0, 0] == 0
+
+
+def _plain(found: Interval) -> dict[str, float | None]:
+    mean, low, high = plain([found.mean, found.low, found.high])
+    return {"skill": mean, "low": low, "high": high}
