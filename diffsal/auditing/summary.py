@@ -42,7 +42,12 @@ def summarize(findings: list[Finding], measured: Measured, index: Index, split: 
         index: where the images are from.
         split: ``test`` or ``all``, the part of the index that was audited.
     """
-    numbers = {number["name"]: number for finding in findings for number in finding["numbers"]}
+    numbers = {
+        number["name"]: number
+        for finding in findings
+        for number in finding["numbers"]
+        if "class" not in number
+    }
     return [
         _composites(numbers),
         _audited(numbers, measured, index, split),

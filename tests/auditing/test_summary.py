@@ -9,7 +9,8 @@ from auditing.samples import PREPROCESSING, settings
 
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.run import audit
-from diffsal.auditing.summary import compare
+from diffsal.auditing.summary import _occlusion, compare
+from diffsal.auditing.wording import written
 from diffsal.data.datasets import ImageDataset
 from diffsal.fooling.head_shift import head_shift
 from diffsal.maps.target_layers import find_target_layer
@@ -30,6 +31,23 @@ def test_reference_is_measured_on_the_same_images(audited):
         assert row["reference"]["mean"] == pytest.approx(np.nanmean(theirs[name]))
         assert row["difference"]["mean"] == pytest.approx(np.nanmean(mine[name] - theirs[name]))
     assert "Beside the reference" in audited.page
+
+
+def test_the_summary_tells_all_images_and_where_classes_differ(audited):
+    (says,) = (one for one in audited.json["summary"] if one.startswith("Occluding"))
+    column = audited.table["occlusion_difference"]
+    assert written(np.nanmean(column)) in says
+    rows = [
+        {"label": label, "occlusion_difference": value + step / 100, "occlusion_true": value}
+        for label, value in (("ill", 0.3), ("well", -0.3))
+        for step in range(9)
+    ]
+    measured = Measured(rows=rows, names=["ill", "well"])
+    numbers = measured.per_map("occlusion", "", "rank correlation")
+    (says,) = _occlusion({f"occlusion_{kind}": one for kind, one in numbers.items()}, measured)
+    assert "was not found to move the margin (rank correlation 0.040)" in says
+    assert "Classes differ: ill 0.340 (" in says
+    assert "well −0.260 (" in says
 
 
 def test_only_images_that_both_models_could_be_measured_on_are_compared():
