@@ -28,6 +28,13 @@ from diffsal.cli import options
 )
 @click.option("--batch-size", type=options.COUNT, default=64, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--fail-on",
+    multiple=True,
+    metavar="'NAME < NUMBER'",
+    help="Exit with status 4 where a number of audit.json is so, and write junit.xml. May be given "
+    "several times.",
+)
 @options.overwrite
 @options.as_json("Print audit.json to stdout.")
 @options.debug
@@ -41,6 +48,7 @@ def audit(
     subset: int,
     batch_size: int,
     seed: int,
+    fail_on: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
     **given: Any,
@@ -52,11 +60,13 @@ def audit(
     """
     from diffsal.auditing.run import audit as run
     from diffsal.auditing.settings import Settings
+    from diffsal.auditing.thresholds import failures, junit, parse_threshold
     from diffsal.models.checkpoints import load_model
     from diffsal.system.devices import choose_device
-    from diffsal.system.files import check_writable
+    from diffsal.system.files import check_writable, replacing
 
     check_writable(out)
+    thresholds = [parse_threshold(text) for text in fail_on]
     loaded, preprocessing = options.load_with_preprocessing(**given)
     trusted = given["trust_arguments"]
     other = (
@@ -79,7 +89,15 @@ def audit(
     else:
         click.echo("\n".join(found["summary"]))
         click.echo(out / "report.html")
+    failed = failures(thresholds, found)
+    if thresholds:
+        with replacing(out / "junit.xml") as path:
+            path.write_text(junit(thresholds, failed), encoding="utf-8")
     for failure in found["failed"]:
         click.echo(f"Error: {failure['path']}: {failure['error']}", err=True)
+    for sentence in failed.values():
+        click.echo(f"Failed: {sentence}", err=True)
+    if failed:
+        raise SystemExit(options.THRESHOLD_FAILED)
     if found["failed"]:
         raise SystemExit(options.SOME_FAILED)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SOME_FAILED = 3
 """The exit status where some inputs failed and the rest are done."""
+THRESHOLD_FAILED = 4
+"""The exit status where a number fails a threshold that the user set."""
 DEBUG = "diffsal.debug"
 """Where click's context remembers whether tracebacks are wanted."""
 

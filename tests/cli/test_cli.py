@@ -192,3 +192,16 @@ def test_the_classes_assumed_order_is_told(folder):
     right = run("audit", "index.csv", *model, "--subset", 2, "--out", "right").stderr
     assert "does not name the classes" in right
     assert "other order" not in right
+
+
+def test_thresholds_of_the_user(folder):
+    run("train", "index.csv", "--config", "tiny.toml", "--epochs", 1, "--out", "run")
+    model = ["index.csv", "--model", "run/best.pt", "--device", "cpu", "--subset", 0]
+    never, always = ["--fail-on", "correct < 0"], ["--fail-on", "correct >= 0"]
+    run("audit", *model, "--out", "passes", *never)
+    assert 'failures="0"' in Path("passes/junit.xml").read_text()
+    told = run("audit", *model, "--out", "fails", *never, *always, status=4).stderr
+    assert told.splitlines()[-1].startswith("Failed: correct is ")
+    assert 'tests="2" failures="1"' in Path("fails/junit.xml").read_text()
+    run("audit", *model, "--out", "none", "--fail-on", "correct", status=1)
+    assert not Path("none").exists()
