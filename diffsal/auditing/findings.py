@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from diffsal.auditing.composites import CompositeTest
+from diffsal.auditing.operating import operating_points
 from diffsal.auditing.rows import MAPS, Measured, Number, described
 from diffsal.auditing.wording import (
     Finding,
@@ -306,6 +307,15 @@ def _performance(measured: Measured, left_out: dict[str, str]) -> Finding:
     try:
         numbers.insert(0, _auroc(measured))
         says += f"; the area under its ROC curve is {brief(numbers[0])}"
+        if class_count(torch.stack(measured.logits)) == 2:
+            at_1, at_5, equal, calibration = points = operating_points(measured)
+            numbers += points
+            says += (
+                f". Where 1 % of {measured.names[0]} are taken for {measured.names[1]}, a share of "
+                f"{brief(at_1)} of {measured.names[1]} is missed, at 5 % of {brief(at_5)}; the "
+                f"equal error rate is {brief(equal)}, and probabilities are off by "
+                f"{brief(calibration)}"
+            )
     except DiffsalError:
         left_out["area under the ROC curve"] = "the images audited are not of all classes"
     return make_finding(

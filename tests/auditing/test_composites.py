@@ -156,7 +156,7 @@ def test_one_logit(tmp_path):
     assert -5 < result["composites"]["kinds"]["rectangles"]["skill"] <= 1
 
 
-@pytest.mark.parametrize(("skill", "marked"), product(NUMBERS, NUMBERS))
+@pytest.mark.parametrize(("skill", "marked"), list(product(NUMBERS, NUMBERS)))
 def test_reassuring_words_need_both_kinds(skill, marked):
     def number(name):
         return dict(zip(("mean", "low", "high"), NUMBERS[name], strict=True))
