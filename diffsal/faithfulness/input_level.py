@@ -78,8 +78,9 @@ def smoothgrad(
     walk(model)
     with evaluation_mode(model), _gradients():
         inputs, cell_of_pixel = _differentiable(inputs), cell_of_pixel.to(inputs.device)
-        with torch.no_grad():
-            margin = settled_margin(batched_logits(model, inputs, batch_size), true, false)
+        with torch.no_grad():  # clones throughout, as a model may change its input in place
+            logits = batched_logits(model, inputs.clone(), batch_size)
+        margin = settled_margin(logits, true, false)
         flat = inputs.flatten(1)
         spread = noise * (flat.amax(1) - flat.amin(1)).view(-1, 1, 1, 1)
         pattern = torch.randn(
@@ -90,7 +91,6 @@ def smoothgrad(
             sample, draw = part // draws, part % draws
             copies = inputs[sample] + spread[sample] * pattern[draw.cpu()].to(inputs)
             copies.requires_grad_()
-            # A clone, as the model may change its input in place.
             scores = margin(read_logits(model, copies.clone()), sample)
             found.append(_cell_means(_gradient(scores, copies).abs().sum(1), cell_of_pixel))
         return torch.cat(found).view(len(inputs), draws, *grid).mean(1)
@@ -176,7 +176,6 @@ def receptive_share(
         captured = capture(model, target_layers, reshape_transform, example=inputs)
         pixels = inputs.clone().requires_grad_()
         with evaluation_mode(model), captured:
-            # A clone, as the model may change its input in place.
             maps = captured.maps(output_logits(model(pixels.clone())), true, false)
         evidence = one_map_each(maps.difference, inputs)
         grid = (evidence.shape[1], evidence.shape[2])

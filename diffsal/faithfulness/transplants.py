@@ -77,8 +77,8 @@ def transplant_drops(
         )
     if not 1 <= per_cell <= donors.shape[1]:
         raise DiffsalError(
-            f"per_cell is {per_cell}, and of donors there are {donors.shape[1]}: every cell takes one "
-            "or more, no two the same"
+            f"per_cell is {per_cell}, and of donors there are {donors.shape[1]}: every "
+            "cell takes one or more, no two the same"
         )
     cells = math.prod(grid)
     order = torch.rand(cells, donors.shape[1], generator=torch.Generator().manual_seed(seed))
