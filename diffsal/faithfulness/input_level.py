@@ -31,7 +31,7 @@ def smoothgrad(
     false: Choice = None,
     *,
     grid: Sequence[int],
-    draws: int = 25,
+    draws: int = 8,
     noise: float = 0.15,
     batch_size: int = 16,
     seed: int = 0,

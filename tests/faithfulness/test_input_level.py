@@ -283,6 +283,20 @@ def case(name):
             weight = (model[-1].weight[1] - model[-1].weight[0]).view(1, 6, 1, 1)
             return (weight * body(pixels)).sum(1) / 24
 
+    elif name == "norm behind the pooling":  # whose scale depends on every cell
+        norm = nn.LayerNorm(6)
+        model = pooled(patches(), nn.Tanh(), mixing)
+        model.insert(5, norm.double())
+        body, layer = model[:3], "2"
+        nn.init.normal_(norm.weight)
+
+        def maps_of(pixels):
+            weight = norm.weight * (model[-1].weight[1] - model[-1].weight[0])
+            features = body(pixels)
+            scale = (features.mean((2, 3)).var(1, correction=0) + norm.eps).rsqrt()
+            centred = (weight - weight.mean()).view(1, 6, 1, 1) * scale.view(-1, 1, 1, 1)
+            return (centred * features).sum(1) / 24
+
     else:
         model = nn.Sequential(patches(), nn.Tanh(), MeanCubed()).double()
         body, layer = model[:2], "1"
@@ -295,7 +309,7 @@ def case(name):
     return model, layer, maps_of
 
 
-@pytest.mark.parametrize("name", ["linear head", "cubic head"])
+@pytest.mark.parametrize("name", ["linear head", "norm behind the pooling", "cubic head"])
 def test_shares_equal_a_backward_pass_for_each_cell_weighted_by_evidence(images, name):
     model, layer, maps_of = case(name)
     inputs = images().double()
