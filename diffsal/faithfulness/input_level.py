@@ -185,8 +185,8 @@ def receptive_share(
         for cell in _draw_cells(evidence, cells_per_image, seed).to(inputs.device).unbind(1):
             gradient = _gradient(evidence.gather(1, cell[:, None]), pixels, keep_graph=True)
             largest = gradient.abs().amax((1, 2, 3), keepdim=True)
-            # Of the largest, as small gradients have squares that are 0 in float32.
-            energy = (gradient / largest.where(largest > 0, 1)).square().sum(1)
+            # Of the largest, as small gradients have squares that are 0 in float32; 0 gives NaN.
+            energy = (gradient / largest).square().sum(1)
             inside = (energy * around(cell_of_pixel, cell, grid[1], reach=1)).sum((1, 2))
             shares.append(inside / energy.sum((1, 2)))
         return torch.stack(shares, 1).nanmean(1).clamp(max=1)
@@ -205,7 +205,7 @@ def _differentiable(inputs: Tensor) -> Tensor:
         raise DiffsalError(
             f"inputs of type {inputs.dtype} have no gradient: pass floating-point images"
         )
-    return inputs.detach().clone() if inputs.is_inference() else inputs.detach()
+    return inputs.detach()
 
 
 def _gradient(scores: Tensor, pixels: Tensor, keep_graph: bool = False) -> Tensor:

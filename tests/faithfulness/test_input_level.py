@@ -351,6 +351,43 @@ def test_cells_are_drawn_as_often_as_their_evidence_is_large(images):
     assert float((found == 1).float().mean()) == pytest.approx(0.75, abs=0.1)
 
 
+def test_cells_that_no_pixel_moves_are_left_out_of_the_mean(images):
+    class HalfBlind(nn.Module):
+        def forward(self, features):
+            return torch.cat([features[..., :3], torch.ones_like(features[..., 3:])], 3)
+
+    model = pooled(patches(), HalfBlind())
+    share = receptive_share(model, images().double(), 1, target_layers="1", cells_per_image=50)
+    assert share.tolist() == [1, 1, 1]
+
+
+def test_tokens_are_brought_onto_a_grid(images):
+    class Tokens(nn.Module):
+        def forward(self, features):
+            return features.flatten(2).transpose(1, 2)
+
+    class Mean(nn.Module):
+        def forward(self, tokens):
+            return tokens.mean(1)
+
+    model = nn.Sequential(patches(), Tokens(), Mean(), nn.Linear(6, 2))
+    share = receptive_share(
+        model, images(), 1, target_layers="1",
+        reshape_transform=lambda tokens: tokens.transpose(1, 2).reshape(-1, 6, *GRID),
+    )  # fmt: skip
+    assert share.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("measure", [partial(smoothgrad, grid=GRID), receptive_share])
+def test_inputs_made_in_inference_mode_will_do(convnet, images, measure):
+    model, inputs = convnet(), images()
+    expected = measure(model, inputs)
+    with torch.inference_mode():
+        made = images()
+        torch.testing.assert_close(measure(model, made), expected)
+    torch.testing.assert_close(measure(model, made), expected)
+
+
 def test_receptive_shares_depend_on_neither_batch_nor_place(convnet, images):
     model, inputs = convnet().double().eval(), images().double()
     share = partial(receptive_share, model, true=1)
