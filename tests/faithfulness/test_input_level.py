@@ -371,11 +371,26 @@ def test_tokens_are_brought_onto_a_grid(images):
             return tokens.mean(1)
 
     model = nn.Sequential(patches(), Tokens(), Mean(), nn.Linear(6, 2))
-    share = receptive_share(
-        model, images(), 1, target_layers="1",
-        reshape_transform=lambda tokens: tokens.transpose(1, 2).reshape(-1, 6, *GRID),
-    )  # fmt: skip
-    assert share.tolist() == [1, 1, 1]
+
+    def share(reshape):
+        return receptive_share(model, images(), 1, target_layers="1", reshape_transform=reshape)
+
+    assert share(lambda one: one.transpose(1, 2).reshape(-1, 6, *GRID)).tolist() == [1, 1, 1]
+    turned = share(lambda one: one.flip(1).transpose(1, 2).reshape(-1, 6, *GRID))
+    assert (turned < 0.7).all()  # as a cell is given to the pixels of the one across
+
+
+def test_receptive_shares_are_of_the_classes_that_are_named(convnet, images):
+    model, inputs = convnet(classes=4).double().eval(), images().double()
+    found = receptive_share(model, inputs, [0, 1, 3], [2, 0, 1])
+    pair = convnet().double().eval()
+    for index, rows in enumerate([[2, 0], [0, 1], [1, 3]]):
+        pair.load_state_dict(
+            {name: value[rows] if name[0] == "9" else value
+             for name, value in model.state_dict().items()}
+        )  # fmt: skip
+        expected = receptive_share(pair, inputs[index : index + 1], 1)
+        torch.testing.assert_close(found[index : index + 1], expected)
 
 
 @pytest.mark.parametrize("measure", [partial(smoothgrad, grid=GRID), receptive_share])
