@@ -33,8 +33,8 @@ from diffsal.faithfulness.pasting import (
     plan_composites,
     signs_of_classes,
 )
-from diffsal.faithfulness.perturbation import batched_logits, read_logits
 from diffsal.faithfulness.statistics import Interval, Maps, one_map_each, varies
+from diffsal.faithfulness.variants import batched_logits, read_logits
 from diffsal.maps.contrast import contrast
 from diffsal.maps.modes import evaluation_mode
 

@@ -1,7 +1,7 @@
 """Does a map tell where the pixels decide? Occlusion, insertion and deletion, ROAD."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -12,9 +12,14 @@ from torchvision.transforms.functional import gaussian_blur
 
 from diffsal.errors import DiffsalError
 from diffsal.faithfulness.statistics import Maps, one_map_each, rank_correlation, varies
+from diffsal.faithfulness.variants import (
+    batched_logits,
+    margin_drops,
+    read_logits,
+    score_variants,
+)
 from diffsal.maps.contrast import NO_CLASS, Choice, contrast, probabilities
 from diffsal.maps.modes import evaluation_mode
-from diffsal.maps.outputs import logits_of_run
 from diffsal.maps.salience_maps import resize
 
 Classes: TypeAlias = Tensor | Sequence[int] | int | None
@@ -99,25 +104,14 @@ def occlusion_drops(
     """
     cell_of_pixel = cells_of_pixels(inputs, grid).to(inputs.device)
     baseline = _baseline(inputs, occluder, grid, seed)
-    with evaluation_mode(model):
-        whole = contrast(batched_logits(model, inputs, batch_size), true, false)
 
-        def occlude(sample: Tensor, cell: Tensor) -> Tensor:
-            hidden = cell_of_pixel == cell[:, None, None, None]
-            return torch.where(hidden, baseline[sample], inputs[sample])
+    def occlude(sample: Tensor, cell: Tensor) -> Tensor:
+        hidden = cell_of_pixel == cell[:, None, None, None]
+        return torch.where(hidden, baseline[sample], inputs[sample])
 
-        def margin(logits: Tensor, sample: Tensor) -> Tensor:
-            scores = contrast(
-                logits,
-                _settled(true, whole.true_class, sample),
-                _settled(false, whole.false_class, sample),
-            )
-            return scores.true_score - scores.false_score
-
-        occluded = _score_variants(
-            model, inputs, math.prod(grid), occlude, margin, batch_size=batch_size
-        )
-    drops = (whole.true_score - whole.false_score)[:, None] - occluded
+    drops = margin_drops(
+        model, inputs, math.prod(grid), occlude, true, false, batch_size=batch_size
+    )
     return drops.view(len(inputs), *grid)
 
 
@@ -198,7 +192,7 @@ def insertion_deletion(
                 is_moved = position[sample] < moved[step, None, None, None]
                 return torch.where(is_moved, after[sample], before[sample])
 
-            scores = _score_variants(
+            scores = score_variants(
                 model, inputs, steps + 1, move, probability, batch_size=batch_size
             )
             return scores.where(varies(pixels)[:, None], torch.nan)
@@ -294,29 +288,22 @@ def cells_of_pixels(inputs: Tensor, grid: Sequence[int]) -> Tensor:
     return row[:, None] * grid[1] + column
 
 
-def read_logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    """(B, K), at least float32: what a run of the model, in its present mode, means as logits.
+def around(cells: Tensor, centres: Tensor, columns: int, reach: int) -> Tensor:
+    """(N, ...) bool: which cells lie at most ``reach`` rows and columns from each centre.
+
+    Args:
+        cells: (...) int64, counted row by row, as from :func:`cells_of_pixels`.
+        centres: (N,) int64, cells too.
+        columns: of the grid.
 
     Example:
-        >>> read_logits(nn.Flatten(0), torch.tensor([[0.5], [2.0]]).half())
-        tensor([[0.5000],
-                [2.0000]])
+        >>> around(torch.arange(8).view(2, 4), torch.tensor([0]), columns=4, reach=1)
+        tensor([[[ True,  True, False, False],
+                 [ True,  True, False, False]]])
     """
-    logits = logits_of_run(model, inputs).logits
-    if not isinstance(logits, Tensor):
-        return logits  # contrast says what is wrong with it
-    logits = logits[:, None] if logits.ndim == 1 else logits
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def batched_logits(model: nn.Module, inputs: Tensor, batch_size: int) -> Tensor:
-    """(B, K): :func:`read_logits` of so many inputs at a time.
-
-    Example:
-        >>> batched_logits(nn.Flatten(), torch.ones(3, 1, 1, 2), batch_size=2).shape
-        torch.Size([3, 2])
-    """
-    return torch.cat([read_logits(model, part) for part in torch.split(inputs, batch_size)])
+    centres = centres.view(-1, *[1] * cells.ndim)
+    rows, across = cells // columns - centres // columns, cells % columns - centres % columns
+    return (rows.abs() <= reach) & (across.abs() <= reach)
 
 
 def descending(values: Tensor) -> Tensor:
@@ -359,33 +346,6 @@ def _blur(images: Tensor, sigmas: Sequence[float]) -> Tensor:
         kernel[3 - axis] = 2 * min(math.ceil(3 * sigma), images.shape[axis] - 1) + 1  # [x, y]
         images = gaussian_blur(images, kernel, [sigma, sigma])
     return images
-
-
-def _score_variants(
-    model: nn.Module,
-    inputs: Tensor,
-    variants: int,
-    build: Callable[[Tensor, Tensor], Tensor],
-    score: Callable[[Tensor, Tensor], Tensor],
-    *,
-    batch_size: int,
-) -> Tensor:
-    """(B, variants): build(sample, variant) makes images, score(logits, sample) rates them."""
-    index = torch.arange(len(inputs) * variants, device=inputs.device)
-    scores = []
-    for part in torch.split(index, batch_size):
-        sample, variant = part // variants, part % variants
-        scores.append(score(read_logits(model, build(sample, variant)), sample))
-    return torch.cat(scores).view(len(inputs), variants)
-
-
-def _settled(choice: Choice, classes: Tensor, sample: Tensor) -> Choice:
-    """A choice as it was settled on the untouched images, for variants of ``sample``."""
-    if not (classes == NO_CLASS).any():
-        return classes[sample]
-    if isinstance(choice, Sequence) and not isinstance(choice, str):
-        return [choice[index] for index in sample.tolist()]
-    return choice
 
 
 def _true_class(logits: Tensor, true: Classes) -> Tensor:
