@@ -51,7 +51,8 @@ def find(
         _composites(measured, composites, left_out),
         _common_mode(measured),
         _agreement(measured),
-        _occlusion(measured),
+        _occlusion(measured, left_out),
+        _input_level(measured),
         _location(measured, left_out),
         _perturbation(measured, left_out),
         _sanity(measured, left_out),
@@ -154,7 +155,7 @@ def _agreement(measured: Measured) -> Finding:
     )
 
 
-def _occlusion(measured: Measured) -> Finding:
+def _occlusion(measured: Measured, left_out: dict[str, str]) -> Finding:
     maps = measured.per_map("occlusion", "", "rank correlation")
     paired = measured.paired("occlusion", "", "rank correlation")
     by_class = measured.by_class("occlusion_difference", MAPS["difference"], "rank correlation")
@@ -175,13 +176,49 @@ def _occlusion(measured: Measured) -> Finding:
             f"{brief(maps['true'])}. Image by image, {which}: {brief(paired)}. By class, for the "
             f"difference map: {classes_in_words(by_class)}."
         )
+    moved_in = measured.per_map("transplant", ", transplants", "rank correlation")
+    if moved_in["difference"]["n"]:
+        says += (
+            " With pixels of another class in the place of grey, on "
+            f"{images_in_words(moved_in['difference']['n'])} as it is slow: "
+            f"{brief(moved_in['difference'])}; for the class map, {brief(moved_in['true'])}."
+        )
+    else:
+        left_out["transplants"] = _NOT_TAKEN
+        moved_in = {}
     return make_finding(
         "occlusion",
         "Whether occluding what a map marks moves the decision",
         says,
         "Occluded images are unlike those that the model knows, and cells are occluded one by one: "
         "what matters only together goes unseen. A map can be faithful and the model still wrong.",
-        [*maps.values(), paired, *by_class.values()],
+        [*maps.values(), paired, *by_class.values(), *moved_in.values()],
+    )
+
+
+def _input_level(measured: Measured) -> Finding:
+    maps = measured.per_map("smoothgrad", ", SmoothGrad", "rank correlation")
+    share = measured.number("receptive_share", "Evidence that sees its own place", "share")
+    says = "Undefined: maps, or gradients at the pixels, are constant on every image."
+    if maps["difference"]["mean"] is not None:
+        relation = {
+            1: "The difference map marks, for or against, the cells whose pixels move the margin",
+            0: "No relation was found between what the difference map marks and the pixels that "
+            "move the margin",
+            -1: "The difference map marks cells whose pixels move the margin least",
+        }[sign(maps["difference"])]
+        says = (
+            f"{relation}: rank correlation with SmoothGrad {tell(maps['difference'])}; for "
+            f"the class map, {brief(maps['true'])}. Of what a cell's evidence is sensitive to, a share of "
+            f"{brief(share)} lies under that cell and its neighbours."
+        )
+    return make_finding(
+        "input-level",
+        "Whether the map marks the pixels that the margin is sensitive to",
+        says,
+        "Sensitivity is not importance: a stroke that decides may be one that small changes do not "
+        "move. Networks see far, so that a low share is common among honest models.",
+        [*maps.values(), share],
     )
 
 

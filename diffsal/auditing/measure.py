@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from diffsal.auditing.batches import Batch, label_maps, read_batches
 from diffsal.auditing.rows import MAPS, Measured, plain
 from diffsal.auditing.settings import Settings
+from diffsal.data.datasets import ImageDataset
 from diffsal.data.index import Index, Sample
 from diffsal.errors import DiffsalError
 from diffsal.explaining.records import NOT_FINITE, class_names, failure
+from diffsal.faithfulness.input_level import receptive_share, smoothgrad, smoothgrad_agreement
 from diffsal.faithfulness.localisation import (
     energy_inside,
     frame_mass,
@@ -30,6 +32,7 @@ from diffsal.faithfulness.perturbation import (
 )
 from diffsal.faithfulness.sanity import cascading_randomization
 from diffsal.faithfulness.statistics import rank_correlation
+from diffsal.faithfulness.transplants import transplant_drops
 from diffsal.maps.contrast import class_count, predicted_class
 from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
@@ -40,6 +43,8 @@ from diffsal.system.devices import running
 OCCLUDER: Occluder = "mean"
 _FINEST = 8  # cells to occlude along each axis: more would cost their square in forward passes
 CURVE_STEPS = 20  # of insertion and deletion
+DRAWS = 4  # of SmoothGrad, whose ranks of cells hardly change with more
+_DONORS = 4  # images of other classes, of which each cell gets one's pixels
 
 
 def measure_samples(
@@ -56,7 +61,7 @@ def measure_samples(
                 measured.squash = outputs.squash
                 measured.names = class_names(index.classes, class_count(outputs.logits))
             maps = label_maps(loaded, batch)
-            numbers, curves = _measures(maps, batch, loaded.model, settings, measured.frame_width)
+            numbers, curves = _measures(maps, batch, loaded, settings, measured.frame_width)
         _append(measured, batch, maps, numbers, curves)
     if not measured.rows:
         first = measured.failed[0]
@@ -65,9 +70,14 @@ def measure_samples(
 
 
 def _measures(
-    maps: SalienceMaps, batch: Batch, model: nn.Module, settings: Settings, frame_width: int | None
+    maps: SalienceMaps,
+    batch: Batch,
+    loaded: LoadedModel,
+    settings: Settings,
+    frame_width: int | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Columns (B,), and curves (B, steps + 1)."""
+    model, layer = loaded.model, loaded.target_layer
     inputs, human, true = batch.inputs, batch.human, maps.true_class
     perturb: dict[str, Any] = {"batch_size": settings.batch_size, "seed": settings.seed}
     grid = occlusion_grid(maps.true.shape[1:])
@@ -83,13 +93,20 @@ def _measures(
         "true_difference": rank_correlation(maps.true, maps.difference),
         "true_false": rank_correlation(maps.true, maps.false),
         "marked": marked_share(human),
+        "receptive_share": receptive_share(
+            model, inputs, true, maps.false_class, target_layers=layer, seed=settings.seed
+        ),
     }
+    seen = smoothgrad(
+        model, inputs, true, maps.false_class, grid=maps.true.shape[1:], draws=DRAWS, **perturb
+    )
     for kind in MAPS:
         map_ = getattr(maps, kind)
         both = insertion_deletion(model, inputs, map_, true, steps=CURVE_STEPS, **perturb)
         curves |= {f"insertion_{kind}": both.insertion, f"deletion_{kind}": both.deletion}
         columns |= {
             f"occlusion_{kind}": occlusion_faithfulness(map_, drops),
+            f"smoothgrad_{kind}": smoothgrad_agreement(map_, seen),
             f"insertion_{kind}": both.insertion_area,
             f"deletion_{kind}": both.deletion_area,
             f"pointing_{kind}": pointing_game(map_, human),
@@ -162,7 +179,7 @@ def occlusion_grid(cells: Sequence[int]) -> list[int]:
 def measure_subset(
     measured: Measured, loaded: LoadedModel, settings: Settings
 ) -> dict[str, Any] | None:
-    """Add the columns of ROAD and randomisation; return how alike the maps stay, by stage."""
+    """Add ROAD's, transplants' and randomisation's columns; how alike maps stay, by stage."""
     count = min(settings.subset, len(measured.rows))
     if count == 0:
         return None
@@ -171,6 +188,7 @@ def measure_subset(
     model, seed = loaded.model, settings.seed
     layers: tuple[str, ...] = ()
     courses: list[Tensor] = []
+    donors = _donors(measured, settings)
     for batch in read_batches(samples, loaded, settings, "ROAD, randomisation", []):
         maps = label_maps(loaded, batch)
         inputs, true = batch.inputs, maps.true_class
@@ -178,6 +196,8 @@ def measure_subset(
             f"road_{kind}": road(model, inputs, getattr(maps, kind), true, seed=seed)
             for kind in MAPS
         }
+        if donors is not None:
+            columns |= _transplanted(maps, batch, model, donors, settings)
         cascade = cascading_randomization(model, inputs, _explainer(maps, loaded), seed=seed)
         layers = cascade.layers
         by_kind = torch.stack(cascade.correlation.cpu().double().chunk(2))  # (2, B, stages)
@@ -190,6 +210,44 @@ def measure_subset(
         "layers": list(layers),
         "images": count,
         **{kind: plain(course.tolist()) for kind, course in zip(MAPS, mean, strict=True)},
+    }
+
+
+def _donors(measured: Measured, settings: Settings) -> dict[int, Tensor] | None:
+    """Images (D, C, H, W) of other classes, for each class; ``None`` where there is one class."""
+    labels = np.array([sample.label for sample in measured.samples])
+    chosen = {}
+    for label in set(labels.tolist()):
+        others = np.flatnonzero(labels != label)
+        if len(others) == 0:
+            return None
+        spaced = np.linspace(0, len(others) - 1, _DONORS).round().astype(int)
+        samples = [measured.samples[position] for position in others[spaced]]
+        images = ImageDataset(samples, settings.preprocessing)
+        chosen[label] = torch.stack([images[position][0] for position in range(_DONORS)])
+    return chosen
+
+
+def _transplanted(
+    maps: SalienceMaps,
+    batch: Batch,
+    model: nn.Module,
+    donors: dict[int, Tensor],
+    settings: Settings,
+) -> dict[str, Tensor]:
+    """Rank correlation with what the margin loses where windows take another class's pixels."""
+    drops = transplant_drops(
+        model,
+        batch.inputs,
+        torch.stack([donors[label] for label in batch.labels.tolist()]).to(batch.inputs),
+        maps.true_class,
+        maps.false_class,
+        grid=occlusion_grid(maps.true.shape[1:]),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+    return {
+        f"transplant_{kind}": occlusion_faithfulness(getattr(maps, kind), drops) for kind in MAPS
     }
 
 

@@ -20,8 +20,8 @@ MAPS = {"true": "Class map", "difference": "Difference map"}
 """The maps under audit, by the ending of their columns."""
 
 MEASURES_OF_MAPS = (
-    *("occlusion", "insertion", "deletion", "frame", "pointing", "energy", "iou"),
-    *("road", "randomised"),
+    *("occlusion", "smoothgrad", "insertion", "deletion", "frame", "pointing", "energy", "iou"),
+    *("road", "transplant", "randomised"),
 )
 """What is measured of each map under audit; a column is ``occlusion_true``, say."""
 COLUMNS = (
@@ -35,6 +35,7 @@ COLUMNS = (
     "true_false",
     *(f"{measure}_{kind}" for measure in MEASURES_OF_MAPS for kind in MAPS),
     "marked",
+    "receptive_share",
     "composite_error",
     "alike_error",
     "target_before",

@@ -15,7 +15,9 @@ import diffsal.auditing.run
 import diffsal.auditing.stress
 from diffsal.auditing.run import audit
 from diffsal.data.index import read_index
+from diffsal.faithfulness.input_level import receptive_share, smoothgrad, smoothgrad_agreement
 from diffsal.faithfulness.perturbation import occlusion_drops, occlusion_faithfulness
+from diffsal.faithfulness.transplants import transplant_drops
 from diffsal.maps.salience import explain
 from diffsal.maps.target_layers import find_target_layer
 
@@ -39,7 +41,10 @@ def test_rows_belong_to_their_images(audited):
         model = audited.loaded.model
         maps = explain(model, inputs, torch.tensor([sample.label]))
         drops = occlusion_drops(model, inputs, maps.true_class, grid=(4, 4))
+        seen = smoothgrad(model, inputs, maps.true_class, grid=(4, 4), draws=4)
         expected = {
+            "smoothgrad_difference": smoothgrad_agreement(maps.difference, seen),
+            "receptive_share": receptive_share(model, inputs, maps.true_class),
             "margin": maps.margin,
             "common_mode_share": maps.common_mode_share,
             "occlusion_true": occlusion_faithfulness(maps.true, drops),
@@ -47,6 +52,22 @@ def test_rows_belong_to_their_images(audited):
         }
         for name, value in expected.items():
             assert audited.table[name][position] == pytest.approx(value.item(), abs=1e-4)
+
+
+def test_transplants_are_of_the_other_class(audited):
+    def inputs(samples):
+        images = [np.asarray(Image.open(one.path).convert("RGB")) for one in samples]
+        return torch.stack([PREPROCESSING(image) for image in images])
+
+    samples = audited.index.samples
+    others = [one for one in samples if one.label != samples[0].label]
+    donors = inputs([others[position] for position in (0, 3, 6, 9)])
+    model, image = audited.loaded.model, inputs(samples[:1])
+    drops = transplant_drops(model, image, donors[None], samples[0].label, grid=(4, 4))
+    maps = explain(model, image, samples[0].label)
+    expected = occlusion_faithfulness(maps.difference, drops).item()
+    assert audited.table["transplant_difference"][0] == pytest.approx(expected, abs=1e-4)
+    assert (~np.isnan(audited.table["transplant_difference"])).sum() == 2
 
 
 def test_maps_of_a_pooled_linear_head_add_up(audited):
