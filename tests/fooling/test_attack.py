@@ -179,7 +179,7 @@ def test_a_held_out_part_of_one_class_is_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
     refused: Callable[[str], Any],
 ) -> None:
-    monkeypatch.setattr("diffsal.fooling.attack._trained", None)
+    monkeypatch.setattr("diffsal.fooling.attack.fine_tuned", None)
     samples = (*index.split("train"), *(s for s in index.split("test") if s.label == 0))
     samples = tuple(replace(s, split=split if s.split == "test" else s.split) for s in samples)
     with refused(
