@@ -223,7 +223,7 @@ def foretold(plan: Plan, maps: Tensor, margins: Tensor) -> tuple[Tensor, Tensor]
 
 
 def uniform_error(actual: Tensor, uniform: Tensor) -> Tensor:
-    """The uniform prediction's mean squared error, without gradient; infinite if it tests nothing.
+    """The uniform prediction's mean squared error, in the graph; infinite if it tests nothing.
 
     That is, if it is exact up to float32's rounding: of infinity, every error is no part.
 
@@ -232,7 +232,6 @@ def uniform_error(actual: Tensor, uniform: Tensor) -> Tensor:
         >>> uniform_error(actual, torch.tensor([0.0, 0.0])), uniform_error(actual, actual)
         (tensor(5.), tensor(inf))
     """
-    actual, uniform = actual.detach(), uniform.detach()
     error = (actual - uniform).square().mean()
     scale = torch.stack([actual, uniform]).abs().max()
     return error.where(~(error.sqrt() <= _ROUNDING * scale), torch.inf)
