@@ -25,8 +25,7 @@ def composite_inconsistency(
     other class, or of any other where the batch has one class alone; drawn by torch's global
     generator of the CPU. Gradients flow through the maps, through the composites' margins, and
     through the uniform prediction's error that the maps' is divided by: were that held fixed, the
-    easiest way to a smaller error would be smaller margins, and the decision was lost (AUROC 0.72
-    on digits with weight 0.3).
+    easiest way to a smaller error would be smaller margins, and decisions would go first.
 
     Args:
         look: runs the model.

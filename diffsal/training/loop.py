@@ -119,7 +119,8 @@ def fit(
         validation: samples to measure AUROC and accuracy on; ``None``: the records have neither.
         config: of it all but what concerns the model, the data and the loss.
         target_layer: where maps are taken; ``None``: it is found.
-        further: called after the criterion in every step; ``None``: the criterion is all.
+        further: called after the criterion in every step; it may run the model again, in the same
+            mode and precision. ``None``: the criterion is all.
         state: of a run to go on with; ``None``: a new one. It holds the record when that is
             yielded.
         progress: show a bar on stderr, if that is a terminal.
