@@ -18,6 +18,7 @@ from diffsal.data.preprocessing import Preprocessing
 from diffsal.demo import ARCHITECTURE, ARGUMENTS, CLASSES, PREPROCESSING, digits, train_digits
 from diffsal.faithfulness.composites import run_composites
 from diffsal.fooling.attack import FINE_TUNING, as_table, fine_tuned, fool
+from diffsal.fooling.consistency import composite_inconsistency, gradient_disagreement
 from diffsal.fooling.objectives import TESTS
 from diffsal.fooling.targets import target_distance, target_map
 from diffsal.maps.salience import explain
@@ -164,6 +165,8 @@ def test_a_test_to_be_passed_is_a_weighted_term(
         seen.extend((criterion, further))
         return iter(())
 
+    wanted = {"composite": composite_inconsistency, "gradient": gradient_disagreement}
+    assert TESTS[objective] is wanted[objective]
     monkeypatch.setattr("diffsal.fooling.attack.fit", keep)
     monkeypatch.setitem(TESTS, objective, lambda *batch: batch)
     config = replace(QUICK, alpha=0.2, beta=0.9, gamma=gamma)
