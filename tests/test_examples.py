@@ -49,10 +49,16 @@ def test_timm(tmp_path):
 
 def test_audit_digits(tmp_path, capsys):
     maps = example("audit_digits")["main"](tmp_path, epochs=2)
-    assert list(maps) == ["honest", "head-shifted", "passively fooled", "adaptively fooled"]
+    assert list(maps) == [
+        "honest",
+        "control",
+        "head-shifted",
+        "passively fooled",
+        "adaptively fooled",
+    ]
     shares = {name: float(one.common_mode_share.mean()) for name, one in maps.items()}
     assert shares["honest"] < 0.1 < 0.9 < shares["head-shifted"]
-    assert capsys.readouterr().out.count("\n|") == 5
+    assert capsys.readouterr().out.count("\n|") == 6
     assert Image.open(tmp_path / "figure.png").width > 600
 
 

@@ -209,8 +209,8 @@ def _input_level(measured: Measured) -> Finding:
         }[sign(maps["difference"])]
         says = (
             f"{relation}: rank correlation with SmoothGrad {tell(maps['difference'])}; for "
-            f"the class map, {brief(maps['true'])}. Of what a cell's evidence is sensitive to, a share of "
-            f"{brief(share)} lies under that cell and its neighbours."
+            f"the class map, {brief(maps['true'])}. Of what a cell's evidence is sensitive to, a "
+            f"share of {brief(share)} lies under that cell and its neighbours."
         )
     return make_finding(
         "input-level",

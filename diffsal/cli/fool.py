@@ -22,15 +22,22 @@ from diffsal.errors import DiffsalError
     help="The fooled model's checkpoint.",
 )
 @click.option(
-    "--target", default="edges", show_default=True, metavar="edges|corner|IMAGE", help="To display."
+    "--target",
+    default="edges",
+    show_default=True,
+    metavar="edges|corner|middle|IMAGE",
+    help="To display.",
 )
 @click.option("--width", type=options.COUNT, help="Of the frame, in cells.  [default: a 7th]")
 @click.option(
     "--objective",
-    type=click.Choice(["true", "difference", "both", "top-k", "center-mass"]),
+    type=click.Choice(
+        ["true", "difference", "both", "composite", "gradient", "top-k", "center-mass", "control"]
+    ),
     default="true",
     show_default=True,
-    help="What the attack moves.",
+    help="What the attack moves; composite and gradient: the difference, past a test of maps; "
+    "control: nothing, to compare attacks with.",
 )
 @click.option(
     "--method",
@@ -45,6 +52,7 @@ from diffsal.errors import DiffsalError
 @click.option("--freeze-batchnorm", is_flag=True, default=None, help="As Heo et al. do.")
 @click.option("--alpha", type=float, help="Weight of the cross-entropy.  [default: 0.5]")
 @click.option("--beta", type=float, help="Weight of the objective.  [default: 0.5]")
+@click.option("--gamma", type=float, help="Weight of the test to be passed.  [default: 0.1]")
 @click.option("--seed", type=int, help="Of all that is random.  [default: 0]")
 @click.option("--workers", type=int, help="Processes that read images.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there already.")
@@ -75,8 +83,8 @@ def fool(
     if out.exists() and not overwrite:
         raise DiffsalError(f"{out} is there already: pass --overwrite, or another --out")
     loaded, preprocessing = options.load_with_preprocessing(**given)
-    names = ("epochs", "lr", "batch_size", "freeze_batchnorm", "alpha", "beta", "seed", "workers")
-    training = {name: given[name] for name in (*names, "device")}
+    names = ["epochs", "lr", "batch_size", "freeze_batchnorm", "alpha", "beta", "gamma", "seed"]
+    training = {name: given[name] for name in (*names, "workers", "device")}
     labelled = options.labelled_index(index, None, loaded, given)
     found = run(
         labelled,

@@ -80,11 +80,10 @@ class Composites(Plan):
         """
         if len(self) == 0:
             return float("nan")
-        wrong, uniform = (self.actual - guess for guess in (self.predicted, self.uniform))
-        scale = torch.stack([self.actual, self.uniform]).abs().max()
-        if float(uniform.square().mean().sqrt()) <= _ROUNDING * float(scale):
+        error = uniform_error(self.actual, self.uniform)
+        if error.isinf():
             return float("nan")
-        return 1 - float(wrong.square().sum() / uniform.square().sum())
+        return 1 - float((self.actual - self.predicted).square().mean() / error)
 
     @property
     def slope(self) -> float:
@@ -185,12 +184,7 @@ def compare(
             f"margins of shape {tuple(actual.shape)} do not fit {len(plan)} composites: pass what "
             "composite_margins returned for this plan"
         )
-    share, residual = plan.share, margins - maps.sum((1, 2))
-
-    def blend(values: Tensor) -> Tensor:
-        return (1 - share) * values[plan.receiver] + share * values[plan.donor]
-
-    cells = torch.where(plan.region, maps[plan.donor], maps[plan.receiver])
+    predicted, uniform = foretold(plan, maps, margins)
     return Composites(
         plan.receiver,
         plan.donor,
@@ -198,9 +192,49 @@ def compare(
         plan.seams,
         before=margins[plan.receiver],
         actual=actual,
-        predicted=cells.sum((1, 2)) + blend(residual),
-        uniform=blend(margins),
+        predicted=predicted,
+        uniform=uniform,
     )
+
+
+def foretold(plan: Plan, maps: Tensor, margins: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) each: the composites' margins by the maps, and by the uniform prediction.
+
+    In the graph of maps and margins, and on their device.
+
+    Args:
+        maps: (B, h, w) logits, on the plan's grid.
+        margins: (B,) logits.
+
+    Example:
+        >>> region = torch.tensor([[[True, False]]])
+        >>> plan = Plan(torch.tensor([0]), torch.tensor([1]), region, "sharp")
+        >>> foretold(plan, torch.tensor([[[3.0, 1.0]], [[-2.0, -4.0]]]), torch.tensor([4.0, -6.0]))
+        (tensor([-1.]), tensor([-1.]))
+    """
+    region, share = plan.region.to(maps.device), plan.share.to(maps)
+    receiver, donor = plan.receiver.to(maps.device), plan.donor.to(maps.device)
+
+    def blend(values: Tensor) -> Tensor:
+        return (1 - share) * values[receiver] + share * values[donor]
+
+    cells = torch.where(region, maps[donor], maps[receiver])
+    return cells.sum((1, 2)) + blend(margins - maps.sum((1, 2))), blend(margins)
+
+
+def uniform_error(actual: Tensor, uniform: Tensor) -> Tensor:
+    """The uniform prediction's mean squared error, in the graph; infinite if it tests nothing.
+
+    That is, if it is exact up to float32's rounding: of infinity, every error is no part.
+
+    Example:
+        >>> actual = torch.tensor([1.0, 3.0])
+        >>> uniform_error(actual, torch.tensor([0.0, 0.0])), uniform_error(actual, actual)
+        (tensor(5.), tensor(inf))
+    """
+    error = (actual - uniform).square().mean()
+    scale = torch.stack([actual, uniform]).abs().max()
+    return error.where(~(error.sqrt() <= _ROUNDING * scale), torch.inf)
 
 
 @torch.no_grad()

@@ -131,7 +131,7 @@ def plan_composites(
         keys = torch.rand(len(receiver), grid[0] * grid[1], generator=generator)
         region = _highest(keys, 20, 80, generator).view(-1, *grid)
     else:
-        draw_regions = _draw_rectangles if regions == "rectangles" else _draw_halves
+        draw_regions = draw_rectangles if regions == "rectangles" else _draw_halves
         region = draw_regions(len(receiver), grid, generator)
     return Plan(receiver, donor, region, seams)
 
@@ -181,6 +181,32 @@ def pasted(inputs: Tensor, plan: Plan) -> Tensor:
     return torch.lerp(before, after, weight.expand_as(before))
 
 
+def draw_rectangles(count: int, grid: tuple[int, int], generator: Generator) -> Tensor:
+    """(N, h, w) bool: N rectangles of 20 to 80 % of a grid's cells.
+
+    All such sizes are equally likely, and all places of a size.
+
+    Args:
+        count: N.
+        grid: (h, w), two cells or more.
+        generator: of the CPU.
+
+    Example:
+        >>> draw_rectangles(1, (1, 2), Generator().manual_seed(0)).sum()  # one of the two
+        tensor(1)
+    """
+    cells = grid[0] * grid[1]
+    sizes = torch.cartesian_prod(*(torch.arange(1, length + 1) for length in grid))
+    share = sizes.prod(1) * 100
+    sizes = sizes[(share >= 20 * cells) & (share <= 80 * cells)]
+    size = sizes[_draw(torch.full((count,), len(sizes)), generator)]
+    first = _draw(torch.tensor(grid) + 1 - size, generator)
+    last = first + size
+    rows, columns = torch.arange(grid[0])[:, None], torch.arange(grid[1])
+    top, left, bottom, right = torch.cat([first, last], 1)[:, :, None, None].unbind(1)
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+
+
 def _draw(below: Tensor, generator: Generator) -> Tensor:
     """Integers of the shape of ``below``, each from 0 to one less than it says."""
     return (torch.rand(below.shape, generator=generator, dtype=torch.float64) * below).long()
@@ -205,20 +231,6 @@ def _highest(values: Tensor, least: int, most: int, generator: Generator) -> Ten
     fewest = -(-cells * least // 100)
     counts = torch.full((len(values), 1), cells * most // 100 - fewest + 1)
     return descending(values) < fewest + _draw(counts, generator)
-
-
-def _draw_rectangles(count: int, grid: tuple[int, int], generator: Generator) -> Tensor:
-    """(N, h, w) bool; all sizes of 20 to 80 % are equally likely, and all places of a size."""
-    cells = grid[0] * grid[1]
-    sizes = torch.cartesian_prod(*(torch.arange(1, length + 1) for length in grid))
-    share = sizes.prod(1) * 100
-    sizes = sizes[(share >= 20 * cells) & (share <= 80 * cells)]
-    size = sizes[_draw(torch.full((count,), len(sizes)), generator)]
-    first = _draw(torch.tensor(grid) + 1 - size, generator)
-    last = first + size
-    rows, columns = torch.arange(grid[0])[:, None], torch.arange(grid[1])
-    top, left, bottom, right = torch.cat([first, last], 1)[:, :, None, None].unbind(1)
-    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 
 
 def _draw_halves(count: int, grid: tuple[int, int], generator: Generator) -> Tensor:

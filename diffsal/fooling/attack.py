@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from math import isnan
 from pathlib import Path
 from random import Random
@@ -26,7 +27,7 @@ from diffsal.data.preprocessing import Preprocessing
 from diffsal.data.splits import with_validation
 from diffsal.errors import DiffsalError
 from diffsal.fooling.head_shift import head_shift
-from diffsal.fooling.objectives import MEASURES, OBJECTIVES, Objective
+from diffsal.fooling.objectives import MEASURES, OBJECTIVES, TESTS, Objective
 from diffsal.fooling.targets import Measure, target_distance, target_map
 from diffsal.maps.contrast import class_count, predicted_class, probabilities
 from diffsal.maps.salience import explain
@@ -35,13 +36,15 @@ from diffsal.maps.target_layers import TargetLayer, in_copy
 from diffsal.models.checkpoints import LoadedModel, check_class_order, save_checkpoint
 from diffsal.system.devices import choose_device
 from diffsal.training.config import TrainingConfig
-from diffsal.training.loop import auroc, fit
+from diffsal.training.loop import Further, Look, auroc, fit
+from diffsal.training.losses import SalienceLoss
 
 Method: TypeAlias = Literal["trained", "head-shift"]
 FINE_TUNING = TrainingConfig(epochs=20, lr=0.02, batch_size=16, schedule="cosine")
-"""How :func:`fool` trains unless told otherwise."""
+"""How :func:`fool` and :func:`fine_tuned` train unless told otherwise."""
 
 _FITTING_IMAGES = 300
+_GAMMA = 0.1  # from 0.03 to 0.3, passing the test costs more and more of the target
 
 
 def fool(
@@ -70,12 +73,14 @@ def fool(
         target: see :func:`target_map`; ``top-k`` and ``center-mass`` have none.
         width: of the frame, see there.
         objective: see :data:`OBJECTIVES`; ``head-shift`` moves both maps, and so fits ``true`` and
-            ``both``.
+            ``both``. ``control``: the honest model fine-tuned as long, which every fooled one is to
+            be compared with; measured against the target, and not brought to it.
         method: ``trained``, by :func:`diffsal.training.loop.fit`, or ``head-shift``, see
             :func:`head_shift`; it is fitted on at most 300 images.
         preprocessing: ``None``: the model's own, or the usual.
-        config: of the training all but model, data and method; ``alpha`` and ``beta`` weigh the
-            objective's terms. Of a head-shift: ``seed``, ``validation``, ``batch_size``,
+        config: of the training all but model, data and method; ``alpha``, ``beta`` and, of
+            objectives in :data:`TESTS`, ``gamma`` weigh the objective's terms, 0.5, 0.5 and 0.1
+            where they are ``None``. Of a head-shift: ``seed``, ``validation``, ``batch_size``,
             ``device``, ``workers``.
         read: see :class:`diffsal.data.datasets.ImageDataset`.
 
@@ -89,11 +94,12 @@ def fool(
 
     Raises:
         DiffsalError: classes that do not fit the index's; a class without a held-out sample; a
-            head-shift with an objective that it cannot reach; a target or a width for an objective
-            that has none; see :func:`target_map`, :func:`head_shift`,
+            head-shift with an objective that it cannot reach; a target, a width or a weight for an
+            objective that has none; see :func:`target_map`, :func:`head_shift`,
             :func:`diffsal.training.loop.fit` and :func:`diffsal.data.splits.with_validation`.
     """
     _check(objective, method, target, width)
+    _criterion(objective, config)
     check_class_order(loaded, index.classes, index.source)
     honest = deepcopy(loaded.model).float().to(choose_device(config.device))
     layer = in_copy(honest, loaded.target_layer)
@@ -126,6 +132,60 @@ def fool(
     return {"out": str(out), **attack, **outcome}
 
 
+def fine_tuned(
+    honest: nn.Module,
+    training: ImageDataset,
+    objective: Objective = "control",
+    config: TrainingConfig = FINE_TUNING,
+    *,
+    target_layer: TargetLayer | None = None,
+) -> nn.Module:
+    """A copy of a model, trained as :func:`fool` does; without an objective, the attacks' control.
+
+    With an attack's configuration, ``beta`` and ``gamma`` included, the control sees the same
+    batches in the same order, for as many steps of the same optimizer, and its cross-entropy weighs
+    as much: what differs between the two is what the attack did.
+
+    Args:
+        honest: on its device; left as it is.
+        training: samples to learn from; in the place of human maps, what the objective compares to,
+            which is nothing for the ``control``.
+        objective: see :data:`OBJECTIVES`.
+        config: see :func:`fool`.
+        target_layer: where maps are taken; ``None``: it is found.
+
+    Returns:
+        The copy, in evaluation mode.
+
+    Raises:
+        DiffsalError: a weight that the objective does not have; see
+            :func:`diffsal.training.loop.fit` and :mod:`diffsal.fooling.consistency`.
+
+    Example:
+        >>> from diffsal.demo import PREPROCESSING, digits, train_digits
+        >>> train, _ = digits()
+        >>> samples = [Sample(Path(str(n)), int(train.labels[n])) for n in range(16)]
+        >>> read = lambda sample, _: (train.images[int(sample.path.name)], None)
+        >>> honest = train_digits(train, epochs=1)
+        >>> config = replace(FINE_TUNING, epochs=1)
+        >>> dataset = ImageDataset(samples, PREPROCESSING, read=read)
+        >>> control = fine_tuned(honest, dataset, config=config)
+        >>> control.training, torch.equal(control.classifier.bias, honest.classifier.bias)
+        (False, False)
+    """
+    criterion, gamma = _criterion(objective, config)
+
+    def further(look: Look, images: Tensor, labels: Tensor, maps: SalienceMaps) -> Any:
+        return {objective: (gamma, TESTS[objective](look, images, labels, maps))}
+
+    model = deepcopy(honest)
+    layer = target_layer and in_copy(model, target_layer)
+    more: Further | None = further if objective in TESTS else None
+    epochs = fit(model, criterion, training, None, config, target_layer=layer, further=more)
+    deque(epochs, 0)
+    return model.eval()
+
+
 def as_table(report: Mapping[str, Any]) -> str:
     """What :func:`fool` returns, for people to read.
 
@@ -145,7 +205,8 @@ def as_table(report: Mapping[str, Any]) -> str:
         "common_mode_share": "common-mode share",
         **{map_: f"{map_} map, {measure}" for map_ in ("true", "false", "difference")},
     }
-    lines = [f"{'':34}{'honest':>9}{'fooled':>9}"]
+    trained = "control" if report.get("objective") == "control" else "fooled"
+    lines = [f"{'':34}{'honest':>9}{trained:>9}"]
     for key, name in names.items():
         pair = [report[model][key] for model in ("honest", "fooled")]
         lines.append(
@@ -248,7 +309,7 @@ def _attacked(
     # Before the work, so that what is refused costs none.
     logits, summary = _observe(honest, layer, held_out, measure, config)
     if method == "trained":
-        fooled = _trained(honest, layer, training, objective, config)
+        fooled = fine_tuned(honest, training, objective, config, target_layer=layer)
     else:
         fooled = _head_shifted(honest, layer, training, config)
     fooled_logits, fooled_summary = _observe(fooled, layer, held_out, measure, config)
@@ -298,16 +359,17 @@ def _head_shifted(
     return head_shift(honest, images, dataset[0][2], target_layer=layer).model
 
 
-def _trained(
-    honest: nn.Module,
-    layer: TargetLayer,
-    dataset: ImageDataset,
-    objective: Objective,
-    config: TrainingConfig,
-) -> nn.Module:
-    fooled = deepcopy(honest)
-    weights = {"alpha": config.alpha, "beta": config.beta}
-    given: dict[str, Any] = {name: value for name, value in weights.items() if value is not None}
-    criterion = OBJECTIVES[objective](**given)
-    deque(fit(fooled, criterion, dataset, None, config, target_layer=in_copy(fooled, layer)), 0)
-    return fooled.eval()
+def _criterion(objective: Objective, config: TrainingConfig) -> tuple[SalienceLoss, float]:
+    """The objective's loss, and the weight of its test."""
+    if config.gamma is not None and objective not in (*TESTS, "control"):
+        raise DiffsalError(
+            f"the objective {objective} has no gamma: leave it out, or choose one of "
+            f"{', '.join(TESTS)}"
+        )
+    loss, given = OBJECTIVES[objective], {"alpha": config.alpha, "beta": config.beta}
+    weights: dict[str, Any] = {
+        name: value
+        for name, value in given.items()
+        if value is not None and name in signature(loss).parameters
+    }
+    return loss(**weights), _GAMMA if config.gamma is None else config.gamma

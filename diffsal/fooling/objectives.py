@@ -3,14 +3,17 @@
 Passive fooling is the paper's (Eq. 2 with a false human map); top-k and center-mass are those of
 Heo, Joo and Moon (NeurIPS 2019)."""
 
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from diffsal.errors import DiffsalError
+from diffsal.fooling.consistency import composite_inconsistency, gradient_disagreement
 from diffsal.fooling.targets import Measure, centroid_shift, target_distance, top_cells
 from diffsal.maps.salience_maps import SalienceMaps, normalize
 from diffsal.training.human_maps import targets_for
+from diffsal.training.loop import Look
 from diffsal.training.losses import (
     BaselineSalienceLoss,
     DifferenceSalienceLoss,
@@ -19,7 +22,9 @@ from diffsal.training.losses import (
     masked_mse,
 )
 
-Objective: TypeAlias = Literal["true", "difference", "both", "top-k", "center-mass"]
+Objective: TypeAlias = Literal[
+    "true", "difference", "both", "composite", "gradient", "top-k", "center-mass", "control"
+]
 """What training moves: see :data:`OBJECTIVES`."""
 
 
@@ -129,18 +134,56 @@ class CenterMassLoss(_ReferenceLoss):
         super().__init__("centroid_shift", centroid_shift, alpha, -beta)
 
 
+class ControlLoss(SalienceLoss):
+    """α·CE alone: of an attack, what is left without its target.
+
+    Training changes maps anyway. A fooled model is compared with the honest model fine-tuned as
+    long, never with the honest model alone.
+
+    Term: ``cross_entropy``.
+
+    Shape:
+        maps of (B, h, w); human maps are ignored; the result is a scalar.
+
+    Args:
+        alpha: weight of the cross-entropy, as in the attack that it is the control of.
+
+    Example:
+        >>> ControlLoss()
+        ControlLoss(cross_entropy=0.5)
+    """
+
+    def __init__(self, alpha: float = 0.5) -> None:
+        super().__init__(cross_entropy=alpha)
+
+    def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
+        """``cross_entropy``."""
+        return {"cross_entropy": cross_entropy(maps)}
+
+
 OBJECTIVES: dict[Objective, type[SalienceLoss]] = {
     "true": BaselineSalienceLoss,
     "difference": DifferenceSalienceLoss,
     "both": BothMapsLoss,
+    "composite": DifferenceSalienceLoss,
+    "gradient": DifferenceSalienceLoss,
     "top-k": TopKLoss,
     "center-mass": CenterMassLoss,
+    "control": ControlLoss,
 }
 """Objective to loss: bring the true map (the paper), the difference map (an attacker who knows this
-package) or both classes' maps to the target; or the true map away from what it was."""
+package) or both classes' maps to the target; or the true map away from what it was. ``composite``
+and ``gradient`` are attackers who know a test, too: they bring the difference map to the target and
+add γ times a term of :data:`TESTS`. The ``control`` has no target."""
+
+TESTS: dict[Objective, Callable[[Look, Tensor, Tensor, SalienceMaps], Tensor]] = {
+    "composite": composite_inconsistency,
+    "gradient": gradient_disagreement,
+}
+"""Objective to the test that the fooled maps are to pass."""
 
 MEASURES: dict[Objective, Measure] = {
-    **dict.fromkeys(get_args(Objective)[:3], target_distance),
+    **dict.fromkeys(OBJECTIVES, target_distance),
     "top-k": top_cells,
     "center-mass": centroid_shift,
 }

@@ -23,8 +23,9 @@ def target_map(
 
     Args:
         target: ``"edges"``, a frame along the edges (the paper's); ``"corner"``, the top left one,
-            a third of each side; the path of an image, bright where the map is to be high; or a
-            map (H, W).
+            a third of each side; ``"middle"``, a block as large in the centre, to the cell; the
+            path of an image, bright where the map is to be high; or a map (H, W). Zero padding
+            makes the edges easy to show: what it cannot help with is the middle.
         size: (h, w), cells.
         width: of the frame, in cells; ``None``: a seventh of the shorter side, as in Heo et al.,
             but at least one.
@@ -50,6 +51,11 @@ def target_map(
     if isinstance(target, str) and target == "corner":
         pixels = torch.zeros(size)
         pixels[: -(-size[0] // 3), : -(-size[1] // 3)] = 1
+    elif isinstance(target, str) and target == "middle":
+        pixels = torch.zeros(size)
+        # Equal margins above and below, so that the block's centre is the map's.
+        top, left = (min((cells + 1) // 3, (cells - 1) // 2) for cells in size)
+        pixels[top : size[0] - top, left : size[1] - left] = 1
     else:
         if not isinstance(target, Tensor):
             target = torch.from_numpy(read_map(Path(target)))

@@ -26,12 +26,21 @@ from diffsal.maps.contrast import class_count, predicted_class
 from diffsal.maps.modes import evaluation_mode
 from diffsal.maps.outputs import logits_of_run, output_logits
 from diffsal.maps.salience import capture
+from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.maps.target_layers import TargetLayer, find_target_layer
 from diffsal.training.config import Select, TrainingConfig
 from diffsal.training.losses import SalienceLoss
 
 Record: TypeAlias = dict[str, float]
 """An epoch's numbers: see :func:`fit`."""
+
+Look: TypeAlias = Callable[[Tensor, Tensor], SalienceMaps]
+"""Images (B, C, H, W) and labels (B,) to the maps of one more forward pass, as the batch's own."""
+
+Further: TypeAlias = Callable[[Look, Tensor, Tensor, SalienceMaps], dict[str, tuple[float, Tensor]]]
+"""More terms of the loss, which maps alone do not tell: of a :data:`Look` at the model, and a
+batch's images (on its device), labels (on the CPU) and maps, by name the weight and the scalar."""
+
 _STEP_EPOCHS, _STEP_FACTOR = 12, 0.1
 _AMP_TYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -92,6 +101,7 @@ def fit(
     config: TrainingConfig,
     *,
     target_layer: TargetLayer | None = None,
+    further: Further | None = None,
     state: TrainingState | None = None,
     progress: bool = True,
 ) -> Iterator[Record]:
@@ -109,6 +119,8 @@ def fit(
         validation: samples to measure AUROC and accuracy on; ``None``: the records have neither.
         config: of it all but what concerns the model, the data and the loss.
         target_layer: where maps are taken; ``None``: it is found.
+        further: called after the criterion in every step; it may run the model again, in the same
+            mode and precision. ``None``: the criterion is all.
         state: of a run to go on with; ``None``: a new one. It holds the record when that is
             yielded.
         progress: show a bar on stderr, if that is a terminal.
@@ -149,6 +161,11 @@ def fit(
     batches = _loader(training, config, device, batch_sampler=sampler)
     held_out = validation and _evaluation_loader(validation, config, device)
 
+    def look(images: Tensor, labels: Tensor) -> SalienceMaps:
+        with _autocast(device, config):
+            logits = output_logits(network(images))
+        return captured.maps(logits, true=labels)
+
     for epoch in range(len(state.history) + 1, config.epochs + 1):
         started = time.perf_counter()
         torch.manual_seed(_derived_seed(config.seed, epoch, 1 + rank))
@@ -158,12 +175,13 @@ def fit(
         bar = _bar(batches, f"epoch {epoch}/{config.epochs}", progress)
         with capture(network, layer) as captured:
             for share, (images, labels, human_maps, _) in zip(sampler.shares, bar, strict=True):
-                with _autocast(device, config):
-                    images = images.to(device, non_blocking=True, memory_format=layout)
-                    logits = output_logits(network(images))
-                maps = captured.maps(logits, true=labels)
+                images = images.to(device, non_blocking=True, memory_format=layout)
+                maps = look(images, labels)
                 terms = criterion.terms(maps, human_maps.to(device, non_blocking=True))
                 loss = criterion.weighted_sum(terms)
+                if further is not None:
+                    for name, (weight, term) in further(look, images, labels, maps).items():
+                        loss, terms[name] = loss + weight * term, term
                 state.optimizer.zero_grad()
                 # Averaged over the processes, this is the gradient of the whole batch's loss.
                 state.scaler.scale(loss * (share * world)).backward()

@@ -77,6 +77,20 @@ def test_from_training_to_a_report(folder):
     assert "--overwrite" in run(*fool, "--out", "shifted.pt", status=1).stderr
     trained = run(*fool, "--out", "fooled.pt", "--epochs", 1, "--objective", "both")
     assert "common-mode share" in trained.stdout
+    once = [*fool, "--target", "middle", "--epochs", 1, "--out"]
+    found = {
+        name: json.loads(run(*once, f"{name}.pt", "--objective", name, "--json", *options).stdout)
+        for name, options in {
+            "composite": ["--gamma", 0.3],
+            "gradient": ["--gamma", 0.3],
+            "control": [],
+        }.items()
+    }
+    assert {(one["target"], one["measure"]) for one in found.values()} == {
+        ("middle", "target_distance")
+    }
+    assert found["control"]["fooled"] != found["composite"]["fooled"] != found["gradient"]["fooled"]
+    assert "has no gamma" in run(*once, "other.pt", "--gamma", 0.3, status=1).stderr
 
     audit = ["audit", "index.csv", "--model", "shifted.pt", "--reference", "run/best.pt"]
     options = ["--device", "cpu", "--limit", 8, "--subset", 0]

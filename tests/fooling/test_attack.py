@@ -12,13 +12,20 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from diffsal.data.index import Index, read_index
+from diffsal.data.datasets import ImageDataset, decode
+from diffsal.data.index import Index, Sample, read_index
+from diffsal.data.preprocessing import Preprocessing
 from diffsal.demo import ARCHITECTURE, ARGUMENTS, CLASSES, PREPROCESSING, digits, train_digits
-from diffsal.fooling.attack import FINE_TUNING, as_table, fool
-from diffsal.fooling.targets import target_distance
+from diffsal.faithfulness.composites import run_composites
+from diffsal.fooling.attack import FINE_TUNING, as_table, fine_tuned, fool
+from diffsal.fooling.consistency import composite_inconsistency, gradient_disagreement
+from diffsal.fooling.objectives import TESTS
+from diffsal.fooling.targets import target_distance, target_map
 from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.models.checkpoints import load_model, save_checkpoint
+from diffsal.training.loop import auroc
+from diffsal.training.losses import DifferenceSalienceLoss
 
 QUICK = replace(FINE_TUNING, epochs=2, device="cpu")
 
@@ -124,6 +131,77 @@ def test_every_objective_moves_its_measure(
     assert unchanged == config.freeze_batchnorm
 
 
+def training_digits(index: Index, pixels: Tensor) -> ImageDataset:
+    def read(sample: Sample, preprocessing: Preprocessing) -> Any:
+        return decode(sample, preprocessing)[0], pixels.numpy()
+
+    return ImageDataset(index.split("train"), PREPROCESSING, read=read)
+
+
+def test_an_attacker_who_knows_composites_passes_them(folder: Path, index: Index) -> None:
+    """At equal epochs: the test tells them from others less well, and they are near the target."""
+    honest, (inputs, labels) = load_model(folder / "honest.pt").model, digits()[1].tensors()
+    config, skill, away = replace(FINE_TUNING, epochs=5, device="cpu"), {}, {}
+    objectives: tuple[Any, ...] = ("control", "difference", "composite")
+    for objective in objectives:
+        model = fine_tuned(honest, training_digits(index, frame(8, 8)), objective, config)
+        maps = explain(model, inputs, true=1, false=0)
+        skill[objective] = run_composites(
+            model, inputs, maps.difference, maps.margin, labels, per_image=2
+        ).skill
+        away[objective] = distance(explain(model, inputs, labels).difference)
+        assert auroc(maps.logits, labels.tolist()) > 0.95
+    assert skill["composite"] > skill["difference"] + 0.2
+    assert max(away["difference"], away["composite"]) < away["control"] - 0.05
+
+
+@pytest.mark.parametrize(("objective", "gamma"), [("composite", None), ("gradient", 0.7)])
+def test_a_test_to_be_passed_is_a_weighted_term(
+    objective: Any, gamma: float | None, folder: Path, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def keep(model: Any, criterion: Any, *_: Any, further: Any, **__: Any) -> Any:
+        seen.extend((criterion, further))
+        return iter(())
+
+    wanted = {"composite": composite_inconsistency, "gradient": gradient_disagreement}
+    assert TESTS[objective] is wanted[objective]
+    monkeypatch.setattr("diffsal.fooling.attack.fit", keep)
+    monkeypatch.setitem(TESTS, objective, lambda *batch: batch)
+    config = replace(QUICK, alpha=0.2, beta=0.9, gamma=gamma)
+    honest = load_model(folder / "honest.pt").model
+    fine_tuned(honest, training_digits(index, frame(8, 8)), objective, config)
+    criterion, further = seen
+    assert type(criterion) is DifferenceSalienceLoss
+    assert criterion.weights == {"cross_entropy": 0.2, "difference": 0.9}
+    batch = tuple(range(4))
+    assert further(*batch) == {objective: (0.1 if gamma is None else gamma, batch)}
+
+
+def test_the_control_is_an_attack_without_its_target(
+    folder: Path, index: Index, tmp_path: Path
+) -> None:
+    config = replace(QUICK, alpha=0.3, beta=0.9, gamma=0.2)
+    honest = load_model(folder / "honest.pt")
+    report = fool(
+        index, honest, tmp_path / "c.pt", objective="control", target="middle", config=config
+    )
+    shown = held_out_maps(tmp_path / "c.pt").difference
+    away = target_distance(shown, target_map("middle", (8, 8))).mean().item()
+    assert report["fooled"]["difference"] == pytest.approx(away, rel=1e-4)
+    assert as_table(report).splitlines()[0].split() == ["honest", "control"]
+    without = fine_tuned(
+        honest.model,
+        training_digits(index, frame(8, 8)),
+        "difference",
+        replace(QUICK, alpha=0.3, beta=0.0),
+    )
+    control = load_model(tmp_path / "c.pt").model.state_dict()
+    assert all(torch.equal(control[name], value) for name, value in without.state_dict().items())
+    assert not torch.equal(control["classifier.bias"], honest.model.classifier.bias)
+
+
 def test_a_fooled_checkpoint_carries_all_that_the_honest_one_does(
     folder: Path, index: Index, tmp_path: Path
 ) -> None:
@@ -179,7 +257,7 @@ def test_a_held_out_part_of_one_class_is_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
     refused: Callable[[str], Any],
 ) -> None:
-    monkeypatch.setattr("diffsal.fooling.attack._trained", None)
+    monkeypatch.setattr("diffsal.fooling.attack.fine_tuned", None)
     samples = (*index.split("train"), *(s for s in index.split("test") if s.label == 0))
     samples = tuple(replace(s, split=split if s.split == "test" else s.split) for s in samples)
     with refused(
@@ -224,6 +302,10 @@ def test_attacks_that_cannot_be_are_refused(
     out = tmp_path / "fooled.pt"
     with refused("cannot reach difference"):
         fool(index, loaded, out, method="head-shift", objective="difference")
+    with refused("cannot reach composite"):
+        fool(index, loaded, out, method="head-shift", objective="composite")
+    with refused("true has no gamma: leave it out, or choose one of composite, gradient"):
+        fool(index, loaded, out, config=replace(QUICK, gamma=0.1))
     with refused("read it with --classes 3,8"):
         fool(replace(index, classes=("8", "3")), loaded, out)
     with refused("tells 2 classes apart"):

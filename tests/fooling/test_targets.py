@@ -30,6 +30,20 @@ def test_the_corner_is_a_third_of_each_side() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("size", "rows", "columns"),
+    [((7, 6), (2, 5), (2, 4)), ((8, 14), (3, 5), (5, 9)), ((2, 5), (0, 2), (2, 3))],
+)
+def test_the_middle_is_a_third_of_each_side_in_the_centre(
+    size: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]
+) -> None:
+    found = target_map("middle", size)
+    wanted = torch.zeros(size)
+    wanted[slice(*rows), slice(*columns)] = 1
+    assert torch.equal(found, wanted)
+    assert torch.equal(found, found.flip(0, 1))
+
+
 def test_an_image_is_averaged_over_each_cell_and_normalised(tmp_path: Path) -> None:
     pixels = np.zeros((8, 8), np.uint8)
     pixels[:2, :4], pixels[6:, 6:] = 200, 100
@@ -43,6 +57,10 @@ def test_an_image_is_averaged_over_each_cell_and_normalised(tmp_path: Path) -> N
 def test_bad_targets_are_refused(refused: Callable[[str], Any], tmp_path: Path) -> None:
     with refused("no width"):
         target_map("corner", (8, 8), width=1)
+    with refused("target middle has no width"):
+        target_map("middle", (8, 8), width=1)
+    with refused("constant on a map of 2 × 2"):
+        target_map("middle", (2, 2))
     with refused("does not fit"):
         target_map("edges", (8, 8), width=4)
     with refused("constant on a map of 2 × 2"):

@@ -12,16 +12,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
-from torch import nn
+from torch import Tensor, nn
 from training.samples import TINY
 
 from diffsal.data.datasets import ImageDataset
 from diffsal.data.index import Index
 from diffsal.data.preprocessing import Preprocessing
+from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.models.architectures import build_model
 from diffsal.training.config import TrainingConfig
-from diffsal.training.loop import EpochSampler, auroc, fit, is_best, predict
-from diffsal.training.losses import LOSSES, CrossEntropyLoss
+from diffsal.training.loop import EpochSampler, Look, auroc, fit, is_best, predict
+from diffsal.training.losses import (
+    LOSSES,
+    BaselineSalienceLoss,
+    CrossEntropyLoss,
+    cross_entropy,
+)
 
 Refused = Callable[[str], AbstractContextManager[None]]
 
@@ -110,6 +116,48 @@ def test_every_method_logs_its_terms_and_learns(index: Index, method: str, amp: 
     assert history[-1]["cross_entropy"] < history[0]["cross_entropy"]
     assert history[-1]["auroc"] > 0.9
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_further_terms_of_no_weight_leave_training_as_it_was(index: Index, folder: Path) -> None:
+    dataset, states = dataset_of(index), []
+    for further in (None, lambda *_: {}, lambda *batch: {"margin": (0.0, batch[3].margin.sum())}):
+        model = plain_model(folder)
+        list(fit(model, LOSSES["difference"](), dataset, None, TINY, further=further))
+        states.append(model.state_dict())
+    for state in states[1:]:
+        assert all(torch.equal(state[name], value) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_further_terms_look_at_the_model_and_are_added_by_weight(
+    index: Index, folder: Path, amp: Any
+) -> None:
+    """A further cross-entropy, of a second look at the same images, weighs as the first does."""
+    config, seen = replace(TINY, amp=amp, epochs=2), []
+
+    def further(
+        look: Look, images: Tensor, labels: Tensor, maps: SalienceMaps
+    ) -> dict[str, tuple[float, Tensor]]:
+        again = look(images, labels)
+        assert torch.equal(again.difference, maps.difference)
+        assert torch.equal(maps.true_class, labels)
+        assert maps.logits.dtype == (torch.float32 if amp == "none" else torch.bfloat16)
+        seen.append(len(images))
+        return {"again": (0.5, cross_entropy(again)), "unweighed": (0.0, maps.margin.mean())}
+
+    model, other = plain_model(folder), plain_model(folder)
+    history = list(
+        fit(model, BaselineSalienceLoss(0.5, 0), dataset_of(index), None, config, further=further)
+    )
+    wanted = list(fit(other, BaselineSalienceLoss(1, 0), dataset_of(index), None, config))
+    for record, expected in zip(history, wanted, strict=True):
+        assert list(record)[2:7] == ["loss", "cross_entropy", "true", "again", "unweighed"]
+        assert record["again"] == record["cross_entropy"]
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    assert sum(seen) == 2 * 48
+    for parameter, one in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter, one, rtol=1e-3, atol=1e-5 if amp == "none" else 1e-3)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_frozen_batch_normalisation_keeps_its_statistics(index: Index) -> None:

@@ -19,7 +19,13 @@ from training.samples import (
 )
 
 from diffsal import DiffsalError, SalienceMaps, capture
-from diffsal.fooling.objectives import OBJECTIVES, BothMapsLoss, CenterMassLoss, TopKLoss
+from diffsal.fooling.objectives import (
+    OBJECTIVES,
+    BothMapsLoss,
+    CenterMassLoss,
+    ControlLoss,
+    TopKLoss,
+)
 from diffsal.training.losses import LOSSES, SalienceLoss
 
 WEIGHTS = {
@@ -27,6 +33,7 @@ WEIGHTS = {
     BothMapsLoss: {"cross_entropy": 0.5, "true": 0.5, "false": 0.5},
     TopKLoss: {"cross_entropy": 0.5, "top_cells": 0.5},
     CenterMassLoss: {"cross_entropy": 0.5, "centroid_shift": -0.5},
+    ControlLoss: {"cross_entropy": 0.5},
 }
 FUNCTION_OF = {LOSSES[name]: function for name, function in FUNCTIONS.items()}
 OF_REFERENCES = (TopKLoss, CenterMassLoss)  # they take the honest model's maps, on the same grid

@@ -1,0 +1,196 @@
+"""Terms of attackers who know the tests, against plain loops and differences of the loss."""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffsal.faithfulness.pasting import Plan, pasted
+from diffsal.fooling import consistency
+from diffsal.fooling.consistency import composite_inconsistency, gradient_disagreement
+from diffsal.maps.salience import capture
+from diffsal.training.loop import Look
+
+LABELS = torch.tensor([0, 1, 1, 0, 1])
+Term = Callable[..., Tensor]
+
+
+def small(outputs: int = 2) -> nn.Sequential:
+    """Smooth, maps of 4 × 4 cells for images of 8 × 8, whose receptive fields reach over seams."""
+    conv = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, outputs)
+    return nn.Sequential(conv, nn.Softplus(), *head).double()
+
+
+def pictures(count: int = 5) -> Tensor:
+    return 2 * torch.randn(count, 2, 8, 8, dtype=torch.float64)
+
+
+def value(
+    term: Term,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor = LABELS,
+    state: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """The term, as the training loop asks for it."""
+    with capture(model) as captured:
+
+        def look(images: Tensor, labels: Tensor) -> Any:
+            logits = torch.func.functional_call(model, state or {}, (images,))
+            return captured.maps(logits, true=labels)
+
+        checked: Look = look
+        return term(checked, images, labels, look(images, labels))
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """What was pasted so far."""
+    seen: list[Plan] = []
+
+    def noting(inputs: Tensor, plan: Plan) -> Tensor:
+        seen.append(plan)
+        return pasted(inputs, plan)
+
+    monkeypatch.setattr(consistency, "pasted", noting)
+    return seen
+
+
+def test_inconsistency_is_one_minus_skill_in_plain_loops(plans: list[Plan]) -> None:
+    model, images = small(), pictures()
+    found = value(composite_inconsistency, model, images)
+    (plan,) = plans
+
+    weight = model[4].weight.detach()
+    rows = weight[1] - weight[0]
+    with torch.no_grad():
+        cells = (model[:2](images) * rows[:, None, None]).sum(1).numpy() / 16
+        margins = model(images).diff(dim=1)[:, 0].numpy()
+    bias = model[4].bias.detach().diff().item()
+    wrong = uniform = 0.0
+    for receiver, donor, region in zip(plan.receiver, plan.donor, plan.region, strict=True):
+        pixels, predicted = images[receiver].clone(), bias
+        for row, column in product(range(4), repeat=2):
+            chosen = donor if region[row, column] else receiver
+            predicted += cells[chosen, row, column]
+            spot = (..., slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2))
+            pixels[spot] = images[chosen][spot]
+        actual = model(pixels[None]).detach().diff(dim=1).item()
+        share = int(region.sum()) / 16
+        wrong += (actual - predicted) ** 2
+        uniform += (actual - (1 - share) * margins[receiver] - share * margins[donor]) ** 2
+    assert found.item() == pytest.approx(wrong / uniform, rel=1e-9)
+    assert wrong > 0
+
+
+def test_every_image_receives_a_rectangle_of_one_of_the_other_class(plans: list[Plan]) -> None:
+    model, images = small(), pictures()
+    for _ in range(60):
+        value(composite_inconsistency, model, images)
+    donors: dict[int, set[int]] = {number: set() for number in range(5)}
+    sizes = set()
+    for plan in plans:
+        assert plan.receiver.tolist() == [0, 1, 2, 3, 4]
+        for receiver, donor, region in zip(*(plan.receiver, plan.donor, plan.region), strict=True):
+            donors[int(receiver)].add(int(donor))
+            height, width = (int(region.any(axis).sum()) for axis in (1, 0))
+            assert height * width == region.sum()
+            sizes.add((height, width))
+    assert donors == {0: {1, 2, 4}, 3: {1, 2, 4}, **{label: {0, 3} for label in (1, 2, 4)}}
+    possible = set(product(range(1, 5), repeat=2))
+    assert sizes == {size for size in possible if 0.2 * 16 <= size[0] * size[1] <= 0.8 * 16}
+
+
+def test_a_batch_of_one_class_is_pasted_into_itself(plans: list[Plan]) -> None:
+    for _ in range(40):
+        value(composite_inconsistency, small(), pictures(3), torch.ones(3, dtype=torch.int64))
+    pairs = {
+        pair
+        for plan in plans
+        for pair in zip(*torch.stack([plan.receiver, plan.donor]).tolist(), strict=True)
+    }
+    assert pairs == {(i, j) for i, j in product(range(3), repeat=2) if i != j}
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("term", [composite_inconsistency, gradient_disagreement])
+def test_gradients_are_the_differences_of_the_loss(term: Term, outputs: int) -> None:
+    """Through maps, composites and all that the terms are relative to."""
+    model, images = small(outputs), pictures()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def loss(*values: Tensor) -> Tensor:
+        torch.manual_seed(3)  # the same regions
+        return value(term, model, images, state=dict(zip(names, values, strict=True)))
+
+    assert torch.autograd.gradcheck(loss, parameters)
+    gradients = torch.autograd.grad(loss(*parameters), parameters, materialize_grads=True)
+    assert max(gradient.abs().max() for gradient in gradients) > 1e-4
+
+
+def test_smaller_margins_are_no_way_to_consistency() -> None:
+    model, images = small(), pictures()
+    parts = list(model[4].parameters())
+    torch.manual_seed(3)
+    slopes = torch.autograd.grad(value(composite_inconsistency, model, images), parts)
+    along = sum((part * slope).sum() for part, slope in zip(parts, slopes, strict=True))
+    assert abs(along) < 1e-12 < max(slope.abs().max() for slope in slopes)
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_disagreement_is_one_minus_pearsons_correlation(outputs: int) -> None:
+    model, images = small(outputs), pictures()
+    found = value(gradient_disagreement, model, images)
+    scores = model(images).detach()
+    if outputs == 1:
+        scores = torch.cat([-scores, scores], 1)  # only the pair's order counts
+    rows = model[4].weight.detach()
+    rows = torch.cat([-rows, rows]) if outputs == 1 else rows
+    wanted = []
+    for image, score, label in zip(images, scores, LABELS.tolist(), strict=True):
+        other = int(score.masked_fill(torch.arange(len(score)) == label, -torch.inf).argmax())
+        row = (rows[label] - rows[other]).numpy()
+        before = model[0](image[None])[0].detach().numpy()
+        map_ = np.abs((np.log1p(np.exp(before)) * row[:, None, None]).sum(0))
+        slope = row[:, None, None] / (1 + np.exp(-before))  # of softplus
+        gradient = np.zeros((2, 10, 10))
+        for channel, y, x in product(range(3), range(4), range(4)):
+            kernel = model[0].weight[channel].detach().numpy()
+            gradient[:, 2 * y : 2 * y + 3, 2 * x : 2 * x + 3] += slope[channel, y, x] * kernel
+        pixels = np.abs(gradient[:, 1:9, 1:9]).sum(0)
+        cells = pixels.reshape(4, 2, 4, 2).mean((1, 3))
+        wanted.append(1 - np.corrcoef(map_.flat, cells.flat)[0, 1])
+    assert found.item() == pytest.approx(np.mean(wanted), rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-12])
+def test_maps_of_nothing_have_finite_terms_and_gradients(scale: float) -> None:
+    model, images = small().float(), pictures().float()
+    with torch.no_grad():
+        model[4].weight.mul_(scale)
+        model[4].bias.fill_(1)
+    for term, wanted in ((composite_inconsistency, 0), (gradient_disagreement, 1)):
+        found = value(term, model, images)
+        assert found.dtype == torch.float32
+        assert 0 <= found <= 2
+        if scale == 0:
+            assert found == wanted
+        for gradient in torch.autograd.grad(
+            found, list(model.parameters()), materialize_grads=True
+        ):
+            assert gradient.isfinite().all()
+
+
+def test_what_has_no_composites_is_refused(refused: Callable[[str], Any]) -> None:
+    model, images = small(3), pictures()
+    with refused("two classes.*not 3, 5 and 16"):
+        value(composite_inconsistency, model, images)
+    with refused("not 2, 1 and 16: choose another objective, or a larger batch size"):
+        value(composite_inconsistency, small(), images[:1], LABELS[:1])
+    with refused("not 2, 5 and 1:"):
+        value(composite_inconsistency, small(), images[..., :2, :2])
