@@ -1,5 +1,6 @@
 """The examples run, and learn what they say."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -66,3 +67,31 @@ def test_drop_in(tmp_path):
     images, weights = write_digits_demo(tmp_path)
     example("drop_in")["main"](images[0], weights, tmp_path / "heatmap.png")
     assert Image.open(tmp_path / "heatmap.png").size == (64, 64)
+
+
+def test_composites_digits(tmp_path):
+    module = example("composites_digits")
+    names = module["run_seed"].__globals__
+    names["MODELS"] = {
+        name: names["MODELS"][name] for name in ("honest", "shortcut at the edges: honest")
+    }
+    module["run_seed"](tmp_path, 3)
+    (path,) = tmp_path.iterdir()
+    stored = json.loads(path.read_text())
+    assert list(stored) == list(names["MODELS"])
+    honest, shortcut = stored.values()
+    assert honest["marked"] > 0.3
+    assert shortcut["frame_moves"] > honest["frame_moves"] + 0.3
+
+
+def test_the_page_of_composites_is_that_of_its_data():
+    module = example("composites_digits")
+    data, text = json.loads(module["DATA"].read_text()), module["PAGE"].read_text("utf-8")
+    assert module["filled"](text, data) == text
+    control, fooled = (
+        [seed[name]["rectangles"] for seed in data["seeds"]]
+        for name in ("control", "adaptive, edges")
+    )
+    above = sum((a > b) + (a == b) / 2 for a in control for b in fooled)
+    area = above / len(control) / len(fooled)
+    assert module["separation"](data["seeds"], "adaptive, edges", "rectangles") == area

@@ -19,7 +19,9 @@ from diffsal.explaining.explanations import Settings as ExplanationSettings
 from diffsal.explaining.figures import PANELS
 from diffsal.models.checkpoints import LoadedModel
 
-_SHOWN = 3  # images of each group
+_SHOWN = 3  # images of each group, and pairs of the stress test
+_OF_EACH_CLASS = 2  # of the same, where there are few classes
+_FEW = 3
 _GROUPS = (  # id, title, why
     (
         "typical",
@@ -37,7 +39,7 @@ _GROUPS = (  # id, title, why
 
 
 def choose_gallery(measured: Measured) -> list[dict[str, Any]]:
-    """Which images are shown, and why: positions among the rows."""
+    """Which images are shown, and why: positions among the rows, by class where these are few."""
     right = measured.column("correct") == 1
     share = measured.column("common_mode_share")
     faithful = measured.column("occlusion_difference")
@@ -53,14 +55,26 @@ def choose_gallery(measured: Measured) -> list[dict[str, Any]]:
         "wrong": np.where(right, math.nan, margin),
     }
     return [
-        {"id": identity, "title": title, "why": why, "images": _lowest(orders[identity])}
+        {"id": identity, "title": title, "why": why, "images": _lowest(measured, orders[identity])}
         for identity, title, why in _GROUPS
     ]
 
 
-def _lowest(order: NDArray[np.float64]) -> list[int]:
+def _lowest(measured: Measured, order: NDArray[np.float64]) -> list[int]:
+    labels = np.array([row["label"] for row in measured.rows])
+    classes = [name for name in measured.names if (labels == name).any()]
+    if not 1 < len(classes) <= _FEW:
+        return _first(order, _SHOWN)
+    return [
+        image
+        for name in classes
+        for image in _first(np.where(labels == name, order, math.nan), _OF_EACH_CLASS)
+    ]
+
+
+def _first(order: NDArray[np.float64], count: int) -> list[int]:
     known = int((~np.isnan(order)).sum())
-    return [int(image) for image in np.argsort(order, kind="stable")[: min(known, _SHOWN)]]
+    return [int(image) for image in np.argsort(order, kind="stable")[: min(known, count)]]
 
 
 def draw_gallery(
