@@ -19,6 +19,7 @@ from diffsal.auditing.evidence import Evidence, gather
 from diffsal.auditing.findings import find
 from diffsal.auditing.gallery import choose_gallery, draw_composites, draw_gallery
 from diffsal.auditing.measure import CURVE_STEPS, OCCLUDER, mean_curves, occlusion_grid
+from diffsal.auditing.parts import find_parts
 from diffsal.auditing.report import render_report
 from diffsal.auditing.rows import COLUMNS, Measured, Row
 from diffsal.auditing.settings import Settings
@@ -113,6 +114,7 @@ def _document(evidence: Evidence, gallery: list[dict[str, Any]]) -> dict[str, An
         "settings": _settings_facts(evidence.settings, measured),
         "summary": summarize(findings, measured, index, evidence.split),
         "findings": findings,
+        "parts": find_parts(measured),
         "left_out": left_out,
         "reference": comparison,
         "curves": mean_curves(measured),
