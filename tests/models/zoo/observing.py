@@ -127,9 +127,6 @@ def _observed(
     with ExitStack() as stack:
         outputs = [stack.enter_context(_Output(one)) for one in layers]
         maps = diffsal.explain(model, images[:_IMAGES], true=1, target_layers=layer)
-    with ExitStack() as stack, torch.no_grad():
-        moved = [stack.enter_context(_Output(one)) for one in layers]
-        model(torch.cat([images[:1], images[_IMAGES:]]))
     return Observation(
         layer=str(layer),
         layout=" + ".join(dict.fromkeys(str(one.reshape or "channels-first") for one in layers)),
@@ -138,8 +135,22 @@ def _observed(
         rounding=_rounding(maps.margin),
         finite=bool(torch.isfinite(maps.difference).all() & torch.isfinite(maps.margin).all()),
         bypassed=_bypassed(model, outputs, images, maps.logits),
-        in_place=min(in_place(one.features) for one in moved),
+        in_place=min(in_place(one) for one in _changed(model, layers, images)),
     )
+
+
+@torch.no_grad()
+def _changed(model: nn.Module, layers: list[TargetLayer], images: Tensor) -> list[Tensor]:
+    """Each layer's features of the first image and of the changed ones; a draw at a time."""
+    parts: list[list[Tensor]] = []
+    for draw in images[_IMAGES:].split(len(_QUADRANTS)):
+        with ExitStack() as stack:
+            outputs = [stack.enter_context(_Output(one)) for one in layers]
+            model(torch.cat([images[:1], draw]))
+        parts.append([one.features for one in outputs])
+    return [
+        torch.cat([draws[0][:1], *(one[1:] for one in draws)]) for draws in zip(*parts, strict=True)
+    ]
 
 
 def torchcams_layer(model: nn.Module, example: Tensor | None) -> TargetLayer:

@@ -1,12 +1,13 @@
 """Run every family and write docs/models.md: ``PYTHONPATH=tests python -m models.zoo.report``."""
 
+import json
 import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +19,7 @@ from models.zoo.observing import Find, Observation, complaints, observe, torchca
 from diffsal.maps.target_layers import find_target_layer
 
 _PAGE = Path(__file__).parents[3] / "docs" / "models.md"
+_KEPT = Path(__file__).parents[3] / ".zoo.jsonl"
 _VERDICTS = ("right", "first order", "refused", "silently wrong", "stopped")
 _FOUND = ("right", "first order")
 _HEAD = """# Models
@@ -54,21 +56,60 @@ class Row:
 def main() -> int:
     """Write the page; the exit status is 1 where a family is not as stated."""
     here = [index for index, one in enumerate(FAMILIES) if find_spec(one.library)]
-    workers = os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        rows = [
-            Row(FAMILIES[index], *seen)
-            for index, seen in zip(here, pool.map(_observed, here), strict=True)
-        ]
+    known = _kept()
+    missing = [index for index in here if str(FAMILIES[index]) not in known]
+    with (
+        ProcessPoolExecutor(
+            os.cpu_count(),
+            get_context("spawn"),
+            torch.set_num_threads,
+            (1,),
+            max_tasks_per_child=10,  # libraries keep memory
+        ) as pool,
+        _KEPT.open("a") as file,
+    ):
+        for index, seen in zip(missing, pool.map(_observed, missing), strict=True):
+            known[str(FAMILIES[index])] = seen
+            line = {"family": str(FAMILIES[index]), "seen": [asdict(one) for one in seen]}
+            print(json.dumps(line), file=file, flush=True)
+            print(FAMILIES[index], verdict(FAMILIES[index], seen[0]), file=sys.stderr)
+    rows = [Row(FAMILIES[index], *known[str(FAMILIES[index])]) for index in here]
+    _KEPT.unlink()
     _PAGE.write_text(page(rows), encoding="utf-8")
     wrong = _wrong(rows)
     print("\n".join(wrong))
     return bool(wrong)
 
 
+def _kept() -> dict[str, tuple[Observation, Observation]]:
+    """What a run that was stopped has left; it is to be of the same code."""
+    if not _KEPT.exists():
+        return {}
+    lines = [json.loads(line) for line in _KEPT.read_text().splitlines()]
+    return {
+        line["family"]: tuple(
+            Observation(**{**one, "grid": tuple(one["grid"])}) for one in line["seen"]
+        )
+        for line in lines
+    }
+
+
 def _observed(index: int) -> tuple[Observation, Observation]:
     family = FAMILIES[index]
-    return _tried(family, find_target_layer), _tried(family, torchcams_layer)
+    ours = _tried(family, find_target_layer)
+    return ours, ours if _is_torchcams(family, ours) else _tried(family, torchcams_layer)
+
+
+def _is_torchcams(family: Family, ours: Observation) -> bool:
+    """Whether torch-cam takes the same layer, which then is not measured twice."""
+    if ours.layout != "channels-first":
+        return False
+    model = family.make().eval()
+    example = None if family.shape is None else torch.zeros(1, *family.shape)
+    try:
+        return str(torchcams_layer(model, example)) == ours.layer
+    except Exception:  # of the family's library, or of torch-cam: then it is tried and told
+        return False
 
 
 def _tried(family: Family, find: Find) -> Observation:
