@@ -115,6 +115,7 @@ def _measures(
         }
         if frame_width is not None:
             columns[f"frame_{kind}"] = frame_mass(map_, frame_width)
+    columns["blank_share"] = both.deletion[:, -1] / both.deletion[:, 0]
     return columns, curves
 
 

@@ -35,6 +35,7 @@ COLUMNS = (
     "true_false",
     *(f"{measure}_{kind}" for measure in MEASURES_OF_MAPS for kind in MAPS),
     "marked",
+    "blank_share",
     "receptive_share",
     "composite_error",
     "alike_error",

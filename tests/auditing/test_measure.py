@@ -95,6 +95,23 @@ def test_curves_and_areas_agree(audited):
         assert area == pytest.approx(audited.table[name].mean(), abs=1e-5)
 
 
+def test_it_is_told_where_the_blank_decides(audited):
+    table = audited.table
+    for position, sample in enumerate(audited.index.samples):
+        inputs = PREPROCESSING(np.asarray(Image.open(sample.path).convert("RGB")))[None]
+        blank = inputs.mean((2, 3), keepdim=True).expand_as(inputs)
+        with torch.no_grad():
+            kept = audited.loaded.model(blank).softmax(1)[0, sample.label].item()
+        expected = kept / table["probability"][position]
+        assert table["blank_share"][position] == pytest.approx(expected, rel=1e-4)
+    void = (table["blank_share"] >= 0.5).sum()
+    assert void > 0
+    assert (
+        f"On {void} images of 20 the areas are void"
+        in (audited.findings["insertion-deletion"]["says"])
+    )
+
+
 def test_randomisation_ends_where_its_column_says(audited):
     course = audited.json["randomisation"]
     assert course["images"] == (~np.isnan(audited.table["randomised_true"])).sum() == 2
