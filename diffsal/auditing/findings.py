@@ -282,7 +282,7 @@ def _perturbation(measured: Measured, left_out: dict[str, str]) -> Finding:
         if void := int((measured.column("blank_share") >= 0.5).sum()):
             says += (
                 f" On {images_in_words(void)} of {len(measured.rows)} the areas are void: there a "
-                "blank keeps half of the label's probability or more, so that little can be won or lost."
+                "blank keeps half of the label's probability or more."
             )
     scores = measured.per_map("road", ", ROAD", "probability difference")
     if scores["difference"]["n"]:
