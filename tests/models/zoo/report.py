@@ -6,7 +6,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -58,17 +57,10 @@ def main() -> int:
     here = [index for index, one in enumerate(FAMILIES) if find_spec(one.library)]
     known = _kept()
     missing = [index for index in here if str(FAMILIES[index]) not in known]
-    with (
-        ProcessPoolExecutor(
-            os.cpu_count(),
-            get_context("spawn"),
-            torch.set_num_threads,
-            (1,),
-            max_tasks_per_child=10,  # libraries keep memory
-        ) as pool,
-        _KEPT.open("a") as file,
-    ):
-        for index, seen in zip(missing, pool.map(_observed, missing), strict=True):
+    # Libraries keep memory, so that processes are renewed.
+    pool = get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,), 10)
+    with pool, _KEPT.open("a") as file:
+        for index, seen in zip(missing, pool.imap(_observed, missing), strict=True):
             known[str(FAMILIES[index])] = seen
             line = {"family": str(FAMILIES[index]), "seen": [asdict(one) for one in seen]}
             print(json.dumps(line), file=file, flush=True)
