@@ -212,7 +212,8 @@ def filled(text: str, data: Mapping[str, Any]) -> str:
             [_alarms(seeds, name) for name in MODELS],
         ),
         "each": _table(
-            ("model", *map(str, range(len(seeds)))), [_each(seeds, name) for name in MODELS]
+            ("model", *(str(one["seed"]) for one in seeds)),
+            [_each(seeds, name) for name in MODELS],
         ),
     }
     for name, lines in tables.items():
@@ -259,15 +260,14 @@ def main(arguments: Sequence[str]) -> None:
         for seed in seeds:
             run_seed(Path(folder), int(seed))
         return
-    stored = [json.loads(path.read_text("utf-8")) for path in _in_order(Path(folder))]
+    paths = {int(path.stem.partition("-")[2]): path for path in Path(folder).glob("seed-*.json")}
+    stored = [
+        {"seed": seed, **json.loads(paths[seed].read_text("utf-8"))} for seed in sorted(paths)
+    ]
     write_json(DATA, {"format": "diffsal-composites", "format_version": 1, "seeds": stored})
     text = filled(PAGE.read_text("utf-8"), json.loads(DATA.read_text("utf-8")))
     with replacing(PAGE) as scratch:
         scratch.write_text(text, encoding="utf-8")
-
-
-def _in_order(folder: Path) -> list[Path]:
-    return sorted(folder.glob("seed-*.json"), key=lambda path: int(path.stem.partition("-")[2]))
 
 
 if __name__ == "__main__":

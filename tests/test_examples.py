@@ -72,16 +72,12 @@ def test_drop_in(tmp_path):
 def test_composites_digits(tmp_path):
     module = example("composites_digits")
     names = module["run_seed"].__globals__
-    names["MODELS"] = {
-        name: names["MODELS"][name] for name in ("honest", "shortcut at the edges: honest")
-    }
+    shortcut = "shortcut at the edges: honest"
+    names["MODELS"] = {shortcut: names["MODELS"][shortcut]}
     module["run_seed"](tmp_path, 3)
-    (path,) = tmp_path.iterdir()
-    stored = json.loads(path.read_text())
-    assert list(stored) == list(names["MODELS"])
-    honest, shortcut = stored.values()
-    assert honest["marked"] > 0.3
-    assert shortcut["frame_moves"] > honest["frame_moves"] + 0.3
+    found = json.loads((tmp_path / "seed-3.json").read_text())[shortcut]
+    assert found["auroc"] > 0.9
+    assert found["frame_moves"] > 0.3
 
 
 def test_the_page_of_composites_is_that_of_its_data():

@@ -23,8 +23,10 @@ _VERDICTS = ("right", "first order", "refused", "silently wrong", "stopped")
 _FOUND = ("right", "first order")
 _HEAD = """# Models
 
-`make zoo` writes this page. It builds the smallest model of each family with random weights, lets
-diffsal find its layer, and measures with means of its own (`tests/models/zoo/observing.py`):
+Where maps of your own model are taken: `diffsal layers --model weights.pt`, or
+`DifferenceCAM(model).target_layer`. This page, which `make zoo` writes, tells on which models that
+was tried: the smallest of each family, with random weights, by measures of their own
+(`tests/models/zoo/observing.py`):
 
 - the residual is the same for all images, relative to the spread of the margins (pooled heads;
   column *residual*);
