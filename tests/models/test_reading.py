@@ -174,7 +174,7 @@ def test_truncated_file(archive, small, save, rejects):
 
 def test_no_file(tmp_path, rejects):
     rejects(tmp_path / "weights.pt", "No such file or directory")
-    rejects(tmp_path, "Is a directory")
+    rejects(tmp_path, "is a folder without a config.json: name the file of weights in it")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from diffsal.protocol.results import read_results
 def comparable(out):
     """What the jobs' files hold, but for times."""
     found = {}
-    for file in sorted((out / "jobs").iterdir()):
+    for file in sorted((out / "jobs").glob("[!.]*.json")):  # killed runs leave scratch files
         job = json.loads(file.read_text("utf-8"))
         del job["seconds"]
         for epoch in job["epochs"]:
