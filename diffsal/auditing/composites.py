@@ -23,6 +23,7 @@ from diffsal.faithfulness.composites import (
     skill_interval,
 )
 from diffsal.faithfulness.pasting import pasted
+from diffsal.faithfulness.perturbation import cells_of_pixels
 from diffsal.faithfulness.statistics import Interval
 from diffsal.maps.contrast import class_count
 from diffsal.maps.salience import explain
@@ -201,7 +202,8 @@ def _picture(
     one = found[row : row + 1]
     receiver, donor = int(one.receiver), int(one.donor)
     views = torch.cat([read.inputs[[receiver, donor]], pasted(read.inputs, one)])
-    pixels = [_with_border(_pixels(view, preprocessing), one.region[0]) for view in views]
+    inside = one.region[0].flatten()[cells_of_pixels(views.cpu(), one.region.shape[1:])]
+    pixels = [_with_border(_pixels(view, preprocessing), inside) for view in views]
     return {
         "receiver": str(read.samples[receiver].path),
         "donor": str(read.samples[donor].path),
@@ -226,15 +228,9 @@ def _pixels(view: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     return pixels
 
 
-def _with_border(pixels: NDArray[np.uint8], region: Tensor) -> NDArray[np.uint8]:
-    """A line around the region, light within dark, legible on any ground."""
-    height, width = pixels.shape[:2]
-    rows, columns = (
-        torch.arange(size) * cells // size
-        for size, cells in zip((height, width), region.shape, strict=True)
-    )
-    inside = region[rows][:, columns]
-    reach = max(1, min(height, width) // 112)
+def _with_border(pixels: NDArray[np.uint8], inside: Tensor) -> NDArray[np.uint8]:
+    """A line around what is inside (H, W), light within dark, legible on any ground."""
+    reach = max(1, min(pixels.shape[:2]) // 112)
     drawn: NDArray[np.uint8] = pixels.copy()
     for width_, colour in ((2 * reach, 0), (reach, 255)):
         drawn[(inside & ~_eroded(inside, width_)).numpy()] = colour
