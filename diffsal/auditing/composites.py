@@ -1,6 +1,7 @@
 """The composite test within an audit: is the decision made where the difference map says?"""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ class CompositeTest:
         found: composites by kind, see :data:`KINDS`; margins are of class 1 against class 0.
         class_map: of the first kind, predicted by the class maps, scaled to fit the margins.
         pictures: of single composites: positions among the samples, numbers and pixels.
+        names: of the classes.
+        seed: of the intervals.
     """
 
     samples: list[Sample]
@@ -58,43 +61,55 @@ class CompositeTest:
     found: dict[str, Composites]
     class_map: Composites
     pictures: list[dict[str, Any]]
+    names: list[str]
+    seed: int
 
-    def numbers(self, names: list[str], seed: int) -> list[Number]:
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """Of each kind's skill; findings, comparison and files tell them."""
+        return {kind: skill_interval(one, seed=self.seed) for kind, one in self.found.items()}
+
+    @cached_property
+    def numbers(self) -> list[Number]:
         """Skills with their intervals: by kind, by the receivers' class, of the class map."""
         first = self.found["rectangles"]
         of_class = self.labels[first.receiver]
+
+        def interval(part: Composites) -> Interval:
+            return skill_interval(part, seed=self.seed)
+
         parts = {
-            "composite_skill": ("Difference map, composites", first),
+            "composite_skill": ("Difference map, composites", self.intervals["rectangles"]),
             "composite_skill_marked": (
                 "Difference map, composites of what it marks",
-                self.found["marked"],
+                self.intervals["marked"],
             ),
             "composite_skill_feathered": (
                 "Difference map, composites with soft seams",
-                self.found["feathered"],
+                self.intervals["feathered"],
             ),
-            "composite_skill_true": ("Class map, composites", self.class_map),
+            "composite_skill_true": ("Class map, composites", interval(self.class_map)),
             **{
                 f"composite_skill_of_{label}": (
-                    f"Difference map, composites in images of {names[label]}",
-                    first[of_class == label],
+                    f"Difference map, composites in images of {self.names[label]}",
+                    interval(first[of_class == label]),
                 )
                 for label in (0, 1)
             },
         }
         return [
-            described(name, label, "skill", skill_interval(part, seed=seed), chance=0.0)
-            for name, (label, part) in parts.items()
+            described(name, label, "skill", found, chance=0.0)
+            for name, (label, found) in parts.items()
         ]
 
-    def facts(self, seed: int) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What ``audit.json`` keeps: per kind, and the composites that are shown."""
         return {
             "images": len(self.samples),
             "kinds": {
                 kind: {
                     "composites": len(one),
-                    **_plain(skill_interval(one, seed=seed)),
+                    **_plain(self.intervals[kind]),
                     "slope": plain([one.slope])[0],
                     "correlation": plain([one.correlation])[0],
                 }
@@ -138,7 +153,9 @@ def composite_test(
     for column, guess in (("composite_error", first.predicted), ("alike_error", first.uniform)):
         _add_errors(measured, read.samples, first, column, guess)
     pictures = [_picture(first, row, read, settings.preprocessing) for row in _shown(first)]
-    return CompositeTest(read.samples, read.labels, found, class_map, pictures)
+    return CompositeTest(
+        read.samples, read.labels, found, class_map, pictures, measured.names, measured.seed
+    )
 
 
 def _spaced(measured: Measured) -> list[Sample]:

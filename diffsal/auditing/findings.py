@@ -73,7 +73,7 @@ def _composites(measured: Measured, test: CompositeTest | str, left_out: dict[st
     if isinstance(test, str):
         left_out["the composite test"] = test
         return make_finding("composites", title, f"Could not be run: {test}.", limits, [])
-    numbers = test.numbers(measured.names, measured.seed)
+    numbers = test.numbers
     skill, marked, soft, of_class_map, *by_class = numbers
     if skill["mean"] is None:
         says = "Undefined: composites do not change the margin, or the maps are constant."

@@ -119,9 +119,7 @@ def _document(evidence: Evidence, gallery: list[dict[str, Any]]) -> dict[str, An
         "reference": comparison,
         "curves": mean_curves(measured),
         "randomisation": evidence.randomisation,
-        "composites": None
-        if isinstance(evidence.composites, str)
-        else evidence.composites.facts(measured.seed),
+        "composites": None if isinstance(evidence.composites, str) else evidence.composites.facts(),
         "gallery": [
             {**group, "images": [measured.rows[image]["path"] for image in group["images"]]}
             for group in gallery

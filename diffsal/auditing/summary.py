@@ -176,7 +176,7 @@ def compare(
         "reference is measured with the same methods, and they fail alike.",
         "agreement": agreement,
         "numbers": [
-            *_skills(tests, measured),
+            *_skills(tests),
             *(
                 {
                     "model": mine.number(*column),
@@ -192,13 +192,9 @@ def compare(
     }
 
 
-def _skills(tests: Sequence[CompositeTest | str], measured: Measured) -> list[dict[str, Number]]:
+def _skills(tests: Sequence[CompositeTest | str]) -> list[dict[str, Number]]:
     """Composite skills of both, and their difference, which has no interval."""
-    pair = [
-        test.numbers(measured.names, measured.seed)[:2]
-        for test in tests
-        if isinstance(test, CompositeTest)
-    ]
+    pair = [test.numbers[:2] for test in tests if isinstance(test, CompositeTest)]
     if len(pair) < 2:
         return []
     return [
