@@ -124,16 +124,32 @@ def plan_composites(
     generator = Generator().manual_seed(seed)
     receiver = torch.arange(len(signs)).repeat_interleave(per_image)
     donor = _draw_donors(signs, receiver, donors, generator)
+    own = (signs[:, None, None] * maps)[receiver]
+    return Plan(receiver, donor, draw_regions(regions, own, generator), seams)
+
+
+def draw_regions(regions: Regions, own: Tensor, generator: Generator) -> Tensor:
+    """(N, h, w) bool: a region of a kind for each of N receivers.
+
+    Args:
+        regions: see :data:`Regions`.
+        own: (N, h, w), what speaks for each receiver's own class; of all kinds but ``marked`` only
+            the grid counts, which has two cells or more.
+        generator: of the CPU.
+
+    Example:
+        >>> own = torch.tensor([[[0.0, 3.0, 1.0]]])
+        >>> draw_regions("marked", own, Generator())  # at most half the cells
+        tensor([[[False,  True, False]]])
+    """
+    count, *grid = own.shape
     if regions == "marked":
-        own = (signs[:, None] * maps.flatten(1))[receiver]
-        region = _highest(own, 10, 50, generator).view(-1, *grid)
-    elif regions == "cells":
-        keys = torch.rand(len(receiver), grid[0] * grid[1], generator=generator)
-        region = _highest(keys, 20, 80, generator).view(-1, *grid)
-    else:
-        draw_regions = draw_rectangles if regions == "rectangles" else _draw_halves
-        region = draw_regions(len(receiver), grid, generator)
-    return Plan(receiver, donor, region, seams)
+        return _highest(own.flatten(1), 10, 50, generator).view(own.shape)
+    if regions == "cells":
+        keys = torch.rand(count, grid[0] * grid[1], generator=generator)
+        return _highest(keys, 20, 80, generator).view(own.shape)
+    draw = draw_rectangles if regions == "rectangles" else _draw_halves
+    return draw(count, (grid[0], grid[1]), generator)
 
 
 def signs_of_classes(labels: Tensor | Sequence[int]) -> Tensor:

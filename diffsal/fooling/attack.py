@@ -175,13 +175,16 @@ def fine_tuned(
     """
     criterion, gamma = _criterion(objective, config)
 
-    def further(look: Look, images: Tensor, labels: Tensor, maps: SalienceMaps) -> Any:
-        return {objective: (gamma, TESTS[objective](look, images, labels, maps))}
-
     model = deepcopy(honest)
     layer = target_layer and in_copy(model, target_layer)
-    more: Further | None = further if objective in TESTS else None
-    epochs = fit(model, criterion, training, None, config, target_layer=layer, further=more)
+    further: Further | None = None
+    if objective in TESTS:
+        test = TESTS[objective](deepcopy(honest).eval())
+
+        def further(look: Look, images: Tensor, labels: Tensor, maps: SalienceMaps) -> Any:
+            return {objective: (gamma, test(look, images, labels, maps))}
+
+    epochs = fit(model, criterion, training, None, config, target_layer=layer, further=further)
     deque(epochs, 0)
     return model.eval()
 

@@ -1,17 +1,27 @@
 """What an attacker adds to a loss who knows how maps are tested.
 
 Such maps show the target and pass the test, as far as both can be had at once. Each term is 0 where
-the test is passed in full, and near 1 where maps tell nothing. Both run the model once more
-in each step."""
+the test is passed in full, and near 1 where maps tell nothing. Each runs the model once more for
+each test in each step."""
+
+from dataclasses import replace
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffsal.errors import DiffsalError
 from diffsal.faithfulness.composites import foretold, uniform_error
-from diffsal.faithfulness.pasting import Plan, draw_rectangles, pasted, signs_of_classes
-from diffsal.maps.contrast import class_count
+from diffsal.faithfulness.pasting import (
+    Plan,
+    Regions,
+    draw_regions,
+    pasted,
+    signs_of_classes,
+)
+from diffsal.faithfulness.variants import read_logits
+from diffsal.maps.contrast import class_count, contrast
 from diffsal.maps.salience_maps import SalienceMaps, normalize
 from diffsal.training.loop import Look
 
@@ -51,17 +61,105 @@ def composite_inconsistency(
         >>> bool(term < 1e-6)  # no pixel counts for two cells
         True
     """
+    return _inconsistency(look, images, labels, maps, _plan(labels, maps, "rectangles"))
+
+
+def every_test_failed(look: Look, images: Tensor, labels: Tensor, maps: SalienceMaps) -> Tensor:
+    """How far a batch's maps are from passing composites of every kind of region, and gradients.
+
+    Half the mean of :func:`composite_inconsistency` over all kinds of
+    :data:`diffsal.faithfulness.pasting.Regions`, and half :func:`gradient_disagreement`; arguments
+    and errors are theirs. One more run for each kind.
+
+    Returns:
+        A scalar of maps' type, 0 where all tests are passed.
+
+    Example:
+        >>> from torch import nn
+        >>> from diffsal.maps.salience import capture
+        >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 4, stride=4), nn.ReLU(), *head)
+        >>> images, labels = torch.rand(6, 1, 16, 16), torch.tensor([0, 1] * 3)
+        >>> with capture(model) as captured:
+        ...     look = lambda images, labels: captured.maps(model(images), labels)
+        ...     failed = every_test_failed(look, images, labels, look(images, labels))
+        ...     gradients = gradient_disagreement(look, images, labels, look(images, labels))
+        >>> torch.allclose(failed, gradients / 2, atol=1e-6)  # no pixel counts for two cells
+        True
+    """
+    kinds: tuple[Regions, ...] = get_args(Regions)
+    terms = [
+        _inconsistency(look, images, labels, maps, _plan(labels, maps, kind)) for kind in kinds
+    ]
+    return (torch.stack(terms).mean() + gradient_disagreement(look, images, labels, maps)) / 2
+
+
+def seams_unrecognised(
+    look: Look, images: Tensor, labels: Tensor, maps: SalienceMaps, honest: nn.Module
+) -> Tensor:
+    """0 for a model that answers as its maps say where it sees a seam, and else as an honest one.
+
+    Half :func:`composite_inconsistency`, whose composites have sharp seams, and half the squared
+    error between this model's and the honest one's margins on the same composites with feathered
+    seams, over that of their mean. Who learns both tells a composite by its seam and decides by
+    other pixels than its maps mark wherever it sees none.
+
+    Args:
+        look: runs the model.
+        images: (B, C, H, W).
+        labels: (B,) 0 or 1, on the CPU.
+        maps: of the images, true classes being the labels.
+        honest: in evaluation mode, on the images' device; what the attack began with.
+
+    Returns:
+        A scalar of maps' type.
+
+    Raises:
+        DiffsalError: see :func:`composite_inconsistency`.
+
+    Example:
+        >>> from copy import deepcopy
+        >>> from torch import nn
+        >>> from diffsal.maps.salience import capture
+        >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 4, stride=4), nn.ReLU(), *head)
+        >>> images, labels = torch.rand(6, 1, 16, 16), torch.tensor([0, 1] * 3)
+        >>> honest = deepcopy(model)
+        >>> with capture(model) as captured:
+        ...     look = lambda images, labels: captured.maps(model(images), labels)
+        ...     term = seams_unrecognised(look, images, labels, look(images, labels), honest)
+        >>> bool(term < 1e-6)  # its maps are true, and it is the honest one
+        True
+    """
+    plan = _plan(labels, maps, "rectangles")
+    inconsistent = _inconsistency(look, images, labels, maps, plan)
+    seamless = pasted(images, replace(plan, seams="feathered"))
+    with torch.no_grad():
+        scores = contrast(read_logits(honest, seamless), true=1, false=0)
+    wanted = (scores.true_score - scores.false_score).to(maps.margin)
+    margins = signs_of_classes(labels).to(wanted) * look(seamless, labels).margin
+    error = (margins - wanted).square().mean()
+    return (inconsistent + error / uniform_error(wanted, wanted.mean().expand_as(wanted))) / 2
+
+
+def _plan(labels: Tensor, maps: SalienceMaps, regions: Regions) -> Plan:
+    """Each image receives a region of another, with sharp seams."""
     grid = (maps.true.shape[1], maps.true.shape[2])
-    if class_count(maps.logits) != 2 or len(images) < 2 or grid == (1, 1):
+    if class_count(maps.logits) != 2 or len(labels) < 2 or grid == (1, 1):
         raise DiffsalError(
-            f"the objective composite needs two classes, batches of two images or more and maps of "
-            f"two cells or more, not {class_count(maps.logits)}, {len(images)} and "
+            f"the objectives of composites need two classes, batches of two images or more and "
+            f"maps of two cells or more, not {class_count(maps.logits)}, {len(labels)} and "
             f"{grid[0] * grid[1]}: choose another objective, or a larger batch size"
         )
-    signs = signs_of_classes(labels)
-    region = draw_rectangles(len(labels), grid, torch.default_generator)
-    plan = Plan(torch.arange(len(labels)), _draw_donors(signs), region, "sharp")
-    signs = signs.to(maps.difference)
+    region = draw_regions(regions, maps.difference.detach().cpu(), torch.default_generator)
+    donor = _draw_donors(signs_of_classes(labels))
+    return Plan(torch.arange(len(labels)), donor, region, "sharp")
+
+
+def _inconsistency(
+    look: Look, images: Tensor, labels: Tensor, maps: SalienceMaps, plan: Plan
+) -> Tensor:
+    signs = signs_of_classes(labels).to(maps.difference)
     # All for class 1 against class 0, as differences of one label and another do not add up.
     predicted, uniform = foretold(
         plan, signs[:, None, None] * maps.difference, signs * maps.margin.to(signs)

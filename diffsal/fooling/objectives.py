@@ -4,12 +4,18 @@ Passive fooling is the paper's (Eq. 2 with a false human map); top-k and center-
 Heo, Joo and Moon (NeurIPS 2019)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffsal.errors import DiffsalError
-from diffsal.fooling.consistency import composite_inconsistency, gradient_disagreement
+from diffsal.fooling.consistency import (
+    composite_inconsistency,
+    every_test_failed,
+    gradient_disagreement,
+    seams_unrecognised,
+)
 from diffsal.fooling.targets import Measure, centroid_shift, target_distance, top_cells
 from diffsal.maps.salience_maps import SalienceMaps, normalize
 from diffsal.training.human_maps import targets_for
@@ -23,7 +29,16 @@ from diffsal.training.losses import (
 )
 
 Objective: TypeAlias = Literal[
-    "true", "difference", "both", "composite", "gradient", "top-k", "center-mass", "control"
+    "true",
+    "difference",
+    "both",
+    "composite",
+    "gradient",
+    "every-test",
+    "seams",
+    "top-k",
+    "center-mass",
+    "control",
 ]
 """What training moves: see :data:`OBJECTIVES`."""
 
@@ -167,20 +182,27 @@ OBJECTIVES: dict[Objective, type[SalienceLoss]] = {
     "both": BothMapsLoss,
     "composite": DifferenceSalienceLoss,
     "gradient": DifferenceSalienceLoss,
+    "every-test": DifferenceSalienceLoss,
+    "seams": DifferenceSalienceLoss,
     "top-k": TopKLoss,
     "center-mass": CenterMassLoss,
     "control": ControlLoss,
 }
 """Objective to loss: bring the true map (the paper), the difference map (an attacker who knows this
-package) or both classes' maps to the target; or the true map away from what it was. ``composite``
-and ``gradient`` are attackers who know a test, too: they bring the difference map to the target and
-add γ times a term of :data:`TESTS`. The ``control`` has no target."""
+package) or both classes' maps to the target; or the true map away from what it was. Those of
+:data:`TESTS` are attackers who know a test, too: they bring the difference map to the target and
+add γ times its term. The ``control`` has no target."""
 
-TESTS: dict[Objective, Callable[[Look, Tensor, Tensor, SalienceMaps], Tensor]] = {
-    "composite": composite_inconsistency,
-    "gradient": gradient_disagreement,
+Test: TypeAlias = Callable[[Look, Tensor, Tensor, SalienceMaps], Tensor]
+"""A look at the model, a batch's images, labels and maps, to a scalar; 0: the test is passed."""
+
+TESTS: dict[Objective, Callable[[nn.Module], Test]] = {
+    "composite": lambda _: composite_inconsistency,
+    "gradient": lambda _: gradient_disagreement,
+    "every-test": lambda _: every_test_failed,
+    "seams": lambda honest: partial(seams_unrecognised, honest=honest),
 }
-"""Objective to the test that the fooled maps are to pass."""
+"""Objective to the test that the fooled maps are to pass, of the honest model."""
 
 MEASURES: dict[Objective, Measure] = {
     **dict.fromkeys(OBJECTIVES, target_distance),

@@ -18,7 +18,11 @@ from diffsal.data.preprocessing import Preprocessing
 from diffsal.demo import ARCHITECTURE, ARGUMENTS, CLASSES, PREPROCESSING, digits, train_digits
 from diffsal.faithfulness.composites import run_composites
 from diffsal.fooling.attack import FINE_TUNING, as_table, fine_tuned, fool
-from diffsal.fooling.consistency import composite_inconsistency, gradient_disagreement
+from diffsal.fooling.consistency import (
+    composite_inconsistency,
+    every_test_failed,
+    gradient_disagreement,
+)
 from diffsal.fooling.objectives import TESTS
 from diffsal.fooling.targets import target_distance, target_map
 from diffsal.maps.salience import explain
@@ -155,7 +159,9 @@ def test_an_attacker_who_knows_composites_passes_them(folder: Path, index: Index
     assert max(away["difference"], away["composite"]) < away["control"] - 0.05
 
 
-@pytest.mark.parametrize(("objective", "gamma"), [("composite", None), ("gradient", 0.7)])
+@pytest.mark.parametrize(
+    ("objective", "gamma"), [("composite", None), ("gradient", 0.7), ("every-test", None)]
+)
 def test_a_test_to_be_passed_is_a_weighted_term(
     objective: Any, gamma: float | None, folder: Path, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,10 +171,14 @@ def test_a_test_to_be_passed_is_a_weighted_term(
         seen.extend((criterion, further))
         return iter(())
 
-    wanted = {"composite": composite_inconsistency, "gradient": gradient_disagreement}
-    assert TESTS[objective] is wanted[objective]
+    wanted: dict[Any, Any] = {
+        "composite": composite_inconsistency,
+        "gradient": gradient_disagreement,
+        "every-test": every_test_failed,
+    }
+    assert TESTS[objective](nn.Identity()) is wanted[objective]
     monkeypatch.setattr("diffsal.fooling.attack.fit", keep)
-    monkeypatch.setitem(TESTS, objective, lambda *batch: batch)
+    monkeypatch.setitem(TESTS, objective, lambda _: lambda *batch: batch)
     config = replace(QUICK, alpha=0.2, beta=0.9, gamma=gamma)
     honest = load_model(folder / "honest.pt").model
     fine_tuned(honest, training_digits(index, frame(8, 8)), objective, config)

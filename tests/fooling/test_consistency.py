@@ -1,6 +1,7 @@
 """Terms of attackers who know the tests, against plain loops and differences of the loss."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -11,7 +12,12 @@ from torch import Tensor, nn
 
 from diffsal.faithfulness.pasting import Plan, pasted
 from diffsal.fooling import consistency
-from diffsal.fooling.consistency import composite_inconsistency, gradient_disagreement
+from diffsal.fooling.consistency import (
+    composite_inconsistency,
+    every_test_failed,
+    gradient_disagreement,
+    seams_unrecognised,
+)
 from diffsal.maps.salience import capture
 from diffsal.training.loop import Look
 
@@ -61,11 +67,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     return seen
 
 
-def test_inconsistency_is_one_minus_skill_in_plain_loops(plans: list[Plan]) -> None:
-    model, images = small(), pictures()
-    found = value(composite_inconsistency, model, images)
-    (plan,) = plans
-
+def plain_inconsistency(model: nn.Sequential, images: Tensor, plan: Plan) -> float:
+    """1 - skill, one composite and one cell at a time."""
     weight = model[4].weight.detach()
     rows = weight[1] - weight[0]
     with torch.no_grad():
@@ -84,8 +87,57 @@ def test_inconsistency_is_one_minus_skill_in_plain_loops(plans: list[Plan]) -> N
         share = int(region.sum()) / 16
         wrong += (actual - predicted) ** 2
         uniform += (actual - (1 - share) * margins[receiver] - share * margins[donor]) ** 2
-    assert found.item() == pytest.approx(wrong / uniform, rel=1e-9)
     assert wrong > 0
+    return float(wrong / uniform)
+
+
+def test_inconsistency_is_one_minus_skill_in_plain_loops(plans: list[Plan]) -> None:
+    model, images = small(), pictures()
+    found = value(composite_inconsistency, model, images)
+    (plan,) = plans
+    assert found.item() == pytest.approx(plain_inconsistency(model, images, plan), rel=1e-9)
+
+
+def test_every_test_is_all_kinds_of_regions_and_the_gradient(plans: list[Plan]) -> None:
+    model, images = small(), pictures()
+    found = value(every_test_failed, model, images)
+    composites = np.mean([plain_inconsistency(model, images, plan) for plan in plans])
+    gradient = value(gradient_disagreement, model, images).item()
+    assert found.item() == pytest.approx((composites + gradient) / 2, rel=1e-9)
+
+    rectangles, halves, cells, marked = (plan.region for plan in plans)
+    assert [is_rectangle(region) for region in rectangles] == [True] * 5
+    assert halves.sum((1, 2)).tolist() == [8] * 5
+    assert all(map(is_rectangle, halves))
+    assert not all(map(is_rectangle, cells))
+    with torch.no_grad():
+        rows = model[4].weight.diff(dim=0)[0] * (2 * LABELS[:, None] - 1)
+        own = (model[:2](images) * rows[:, :, None, None]).sum(1)
+    for region, speaks in zip(marked, own, strict=True):
+        assert speaks[region].min() > speaks[~region].max()
+
+
+def is_rectangle(region: Tensor) -> bool:
+    """Whether a region is all of the rectangle round it."""
+    sides = [
+        int(region.any(axis).nonzero().max() - region.any(axis).nonzero().min()) + 1
+        for axis in (0, 1)
+    ]
+    return sides[0] * sides[1] == int(region.sum())
+
+
+def test_seams_tell_apart_what_is_foretold_and_what_is_honest(plans: list[Plan]) -> None:
+    model, honest, images = small(), small(), pictures()
+    found = value(partial(seams_unrecognised, honest=honest), model, images)
+    sharp, feathered = plans
+    assert (sharp.seams, feathered.seams) == ("sharp", "feathered")
+    assert torch.equal(sharp.region, feathered.region)
+    with torch.no_grad():
+        answers = model(pasted(images, feathered)).diff(dim=1).numpy()
+        wanted = honest(pasted(images, feathered)).diff(dim=1).numpy()
+    error = np.mean((answers - wanted) ** 2) / np.var(wanted)
+    consistent = plain_inconsistency(model, images, sharp)
+    assert found.item() == pytest.approx((consistent + error) / 2, rel=1e-9)
 
 
 def test_every_image_receives_a_rectangle_of_one_of_the_other_class(plans: list[Plan]) -> None:
@@ -118,7 +170,15 @@ def test_a_batch_of_one_class_is_pasted_into_itself(plans: list[Plan]) -> None:
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
-@pytest.mark.parametrize("term", [composite_inconsistency, gradient_disagreement])
+@pytest.mark.parametrize(
+    "term",
+    [
+        composite_inconsistency,
+        gradient_disagreement,
+        every_test_failed,
+        partial(seams_unrecognised, honest=nn.Sequential(nn.Flatten(), nn.Linear(128, 2)).double()),
+    ],
+)
 def test_gradients_are_the_differences_of_the_loss(term: Term, outputs: int) -> None:
     """Through maps, composites and all that the terms are relative to."""
     model, images = small(outputs), pictures()
