@@ -18,14 +18,13 @@ from diffsal.fooling.consistency import (
 )
 from diffsal.fooling.targets import Measure, centroid_shift, target_distance, top_cells
 from diffsal.maps.salience_maps import SalienceMaps, normalize
-from diffsal.training.human_maps import targets_for
+from diffsal.training.human_maps import masked_mse, targets_for
 from diffsal.training.loop import Look
 from diffsal.training.losses import (
     BaselineSalienceLoss,
     DifferenceSalienceLoss,
     SalienceLoss,
     cross_entropy,
-    masked_mse,
 )
 
 Objective: TypeAlias = Literal[

@@ -40,10 +40,13 @@ JOBS_FOLDER = "jobs"
 
 _KEYS = ("seeds", "training", "tasks", "methods", FOOLING)
 _TASK_KEYS = ("index", "maps", "classes", "leave_out", "fraction", "training")
-_METHOD_KEYS = ("method", "alpha", "beta", "gamma", "pool")
+_METHOD_KEYS = ("method", "alpha", "beta", "gamma", "dynamic_alpha", "map_of", "pool")
 # Of TrainingConfig, what the grid, the method or the command line says instead, or what needs a
 # validation set, which no job has.
-_NOT_IN_TRAINING = ("method", "alpha", "beta", "gamma", "seed", "validation", "select")
+_NOT_IN_TRAINING = (
+    *("method", "alpha", "beta", "gamma", "dynamic_alpha", "map_of"),
+    *("seed", "validation", "select"),
+)
 _OF_THE_MACHINE = ("device", "workers", "tensorboard")
 _OF_THE_MODEL = (
     *("architecture", "arguments", "weights", "target_layer", "size", "resize", "mean", "std"),
@@ -218,8 +221,8 @@ def read_protocol(path: str | Path) -> Protocol:
       :func:`diffsal.data.index.read_index`), ``leave_out`` (default true), ``fraction`` (0.2), and
       ``training``, which goes before the common one.
     - ``[methods.NAME]``: ``method`` (the name itself, if it is one of
-      :data:`diffsal.training.losses.LOSSES`), ``alpha``, ``beta``, ``gamma``, ``pool``; without any
-      such table, :data:`METHODS`.
+      :data:`diffsal.training.losses.LOSSES`), its weights, ``dynamic_alpha``,
+      ``map_of``, ``pool``; without any such table, :data:`METHODS`.
     - ``[fooling]``: attributes of ``TrainingConfig`` by which the attacks are trained, before those
       of :data:`diffsal.fooling.attack.FINE_TUNING`. Without this table, experiment (a) is left out.
 

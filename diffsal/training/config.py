@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass, field, fields
 from inspect import signature
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from torchvision.transforms import v2
 
 from diffsal.data.datasets import AUGMENTATIONS
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
+from diffsal.training.dynamic_alpha import DynamicAlphaLoss
 from diffsal.training.human_maps import Pool
-from diffsal.training.losses import LOSSES, SalienceLoss
+from diffsal.training.losses import LOSSES, MapOf, SalienceLoss
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -42,6 +43,9 @@ class TrainingConfig:
         alpha: weight of the cross-entropy; ``None``: the paper's for the method, as for the others.
         beta: weight of the term with the human map.
         gamma: weight of the third term.
+        dynamic_alpha: weigh cross-entropy and salience by their sizes, see
+            :class:`diffsal.training.dynamic_alpha.DynamicAlphaLoss`; then ``alpha`` has no use.
+        map_of: of ``baseline``: ``label`` (the paper's) or ``predicted``; ``None``: the method's.
         pool: how human maps come to the size of the model's: ``area`` or ``max``.
         architecture: see :func:`diffsal.models.architectures.build_model`; ``None``: what the
             weights file says, else ``densenet121``.
@@ -89,6 +93,8 @@ class TrainingConfig:
     alpha: float | None = None
     beta: float | None = None
     gamma: float | None = None
+    dynamic_alpha: bool = False
+    map_of: MapOf | None = None
     pool: Pool = "area"
     architecture: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -174,9 +180,9 @@ class TrainingConfig:
         """The method's loss.
 
         Raises:
-            DiffsalError: a weight that the method does not have.
+            DiffsalError: a weight that the method does not have, or has no use for.
         """
-        given = {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma, "pool": self.pool}
+        given = {name: getattr(self, name) for name in ("alpha", "beta", "gamma", "map_of", "pool")}
         options = {name: value for name, value in given.items() if value is not None}
         if self.method == "cross-entropy":
             del options["pool"]  # it has no maps to pool
@@ -184,7 +190,11 @@ class TrainingConfig:
         for name in options:
             if name not in signature(loss).parameters:
                 raise DiffsalError(f"training: {self.method} has no {name}; leave it out")
-        return loss(**options)  # type: ignore[arg-type]
+        if not self.dynamic_alpha:
+            return loss(**options)
+        if self.alpha is not None:
+            raise DiffsalError("training: dynamic_alpha sets alpha at every step; leave out one")
+        return DynamicAlphaLoss(loss(**options))
 
     def preprocessing(self, base: Preprocessing | None = None) -> Preprocessing:
         """Of the model's input; mean and std are those of ``base`` where they are not given."""
@@ -234,7 +244,7 @@ def _is_of(value: Any, kind: Any) -> bool:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         return value in arguments
-    if origin is UnionType:
+    if origin in (Union, UnionType):  # the first of a Literal and another
         return any(_is_of(value, one) for one in arguments)
     if origin is tuple and isinstance(value, tuple):
         kinds = arguments[:1] * len(value) if Ellipsis in arguments else arguments
@@ -247,6 +257,8 @@ def _is_of(value: Any, kind: Any) -> bool:
 def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is Union:
+        return _words(get_args(kind)[0])
     return kind.__name__ if isinstance(kind, type) else str(kind)
 
 

@@ -70,6 +70,23 @@ def _check_human(human_maps: Tensor, like: Tensor) -> Tensor:
     return human_maps
 
 
+def masked_mse(target: Tensor, maps: Tensor, present: Tensor | None = None) -> Tensor:
+    """The mean over the batch of each present sample's mean over cells; an absent one counts 0.
+
+    Args:
+        target: (B, h, w).
+        maps: (B, h, w).
+        present: (B,) bool; ``None``: all are.
+
+    Example:
+        >>> target, maps = torch.zeros(2, 7, 7), torch.ones(2, 7, 7)
+        >>> masked_mse(target, maps), masked_mse(target, maps, torch.tensor([True, False]))
+        (tensor(1.), tensor(0.5000))
+    """
+    per_sample = F.mse_loss(maps, target, reduction="none").flatten(1).mean(1)
+    return (per_sample if present is None else per_sample.where(present, 0)).mean()
+
+
 def check_pool(pool: Pool) -> Pool:
     """Give back the name of a way to pool.
 

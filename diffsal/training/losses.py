@@ -26,14 +26,19 @@ computed in float32 (float64 for float64 maps), under autocast too, and without 
 device."""
 
 from collections.abc import Mapping
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffsal.errors import DiffsalError
+from diffsal.maps.contrast import predicted_class
 from diffsal.maps.salience_maps import SalienceMaps, normalize
-from diffsal.training.human_maps import Pool, check_pool, targets_for
+from diffsal.training.human_maps import Pool, check_pool, masked_mse, targets_for
+
+MapOf: TypeAlias = Literal["label", "predicted"]
+"""Whose class's map is compared with the human's."""
 
 
 def cross_entropy_loss(maps: SalienceMaps, human_maps: Tensor | None) -> Tensor:
@@ -219,6 +224,9 @@ class BaselineSalienceLoss(SalienceLoss):
         alpha: weight of the cross-entropy.
         beta: weight of the true map's term.
         pool: how human maps are brought to the maps' size, ``area`` or ``max``.
+        map_of: whose class's map t is: the ``label``'s, as in the paper, or the ``predicted``
+            class's, as in the scripts of its authors. The two differ where a prediction is wrong,
+            and then, with three classes or more, the maps' false class has to be the runner-up.
 
     Example:
 
@@ -235,16 +243,26 @@ class BaselineSalienceLoss(SalienceLoss):
         ['cross_entropy', 'true']
     """
 
-    def __init__(self, alpha: float = 0.5, beta: float = 0.5, pool: Pool = "area") -> None:
+    def __init__(
+        self,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        pool: Pool = "area",
+        map_of: MapOf = "label",
+    ) -> None:
         super().__init__(cross_entropy=alpha, true=beta)
-        self.pool = check_pool(pool)
+        self.pool, self.map_of = check_pool(pool), map_of
 
     def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
         """``cross_entropy`` and ``true``."""
-        human, present = targets_for(human_maps, maps.true, self.pool)
+        seen = maps.true
+        if self.map_of == "predicted":
+            is_right = predicted_class(maps.logits) == maps.true_class
+            seen = maps.true.where(is_right[:, None, None], maps.false)
+        human, present = targets_for(human_maps, seen, self.pool)
         return {
             "cross_entropy": cross_entropy(maps),
-            "true": masked_mse(human, normalize(maps.true), present),
+            "true": masked_mse(human, normalize(seen), present),
         }
 
 
@@ -421,20 +439,3 @@ def cross_entropy(maps: SalienceMaps) -> Tensor:
     if logits.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(logits[:, 0], maps.true_class.to(logits.dtype))
     return F.cross_entropy(logits, maps.true_class)
-
-
-def masked_mse(target: Tensor, maps: Tensor, present: Tensor | None = None) -> Tensor:
-    """The mean over the batch of each present sample's mean over cells; an absent one counts 0.
-
-    Args:
-        target: (B, h, w).
-        maps: (B, h, w).
-        present: (B,) bool; ``None``: all are.
-
-    Example:
-        >>> target, maps = torch.zeros(2, 7, 7), torch.ones(2, 7, 7)
-        >>> masked_mse(target, maps), masked_mse(target, maps, torch.tensor([True, False]))
-        (tensor(1.), tensor(0.5000))
-    """
-    per_sample = F.mse_loss(maps, target, reduction="none").flatten(1).mean(1)
-    return (per_sample if present is None else per_sample.where(present, 0)).mean()

@@ -10,7 +10,8 @@ import pytest
 from training.samples import TINY, write_config
 
 from diffsal.training.config import TrainingConfig
-from diffsal.training.losses import ContrastSalienceLoss
+from diffsal.training.dynamic_alpha import DynamicAlphaLoss
+from diffsal.training.losses import BaselineSalienceLoss, ContrastSalienceLoss
 
 Refused = Callable[[str], AbstractContextManager[None]]
 
@@ -41,6 +42,10 @@ def test_a_configuration_goes_through_toml_and_the_overrides_win(tmp_path: Path)
         ("std = [0.5, 0.5, 0.0]", "std must be three positive"),
         ("method = 'difference'\ngamma = 0.3", "difference has no gamma"),
         ("method = 'cross-entropy'\nalpha = 0.3", "cross-entropy has no alpha"),
+        ("method = 'cross-entropy'\ndynamic_alpha = true", "this loss has none: choose another"),
+        ("method = 'baseline'\ndynamic_alpha = true\nalpha = 0.5", "leave out one"),
+        ("method = 'difference'\nmap_of = 'predicted'", "difference has no map_of"),
+        ("method = 'baseline'\nmap_of = 'both'", "map_of must be"),
         ("epochs: 3", "config.toml: is no TOML"),
     ],
 )
@@ -55,3 +60,12 @@ def test_weights_and_pooling_reach_the_loss() -> None:
     assert isinstance(criterion, ContrastSalienceLoss)
     assert criterion.weights == {"cross_entropy": 0.5, "true": 0.3, "contrast": 0.3}
     assert criterion.pool == "max"
+
+
+def test_what_the_authors_newest_script_does_reaches_the_loss(tmp_path: Path) -> None:
+    text = "method = 'baseline'\ndynamic_alpha = true\nmap_of = 'predicted'"
+    (tmp_path / "config.toml").write_text(text)
+    criterion = TrainingConfig.from_toml(tmp_path / "config.toml").criterion()
+    assert isinstance(criterion, DynamicAlphaLoss)
+    assert isinstance(criterion.loss, BaselineSalienceLoss)
+    assert criterion.loss.map_of == "predicted"

@@ -33,7 +33,12 @@ from training.samples import (
 
 from diffsal import DiffsalError, SalienceMaps
 from diffsal.training import losses
-from diffsal.training.losses import LOSSES, ContrastSalienceLoss, contrast_salience_loss
+from diffsal.training.losses import (
+    LOSSES,
+    BaselineSalienceLoss,
+    ContrastSalienceLoss,
+    contrast_salience_loss,
+)
 
 WITH_MAPS = [name for name in LOSSES if name != "cross-entropy"]
 every_loss = pytest.mark.parametrize("name", LOSSES)
@@ -331,10 +336,27 @@ def test_public_names_and_examples() -> None:
     assert {name for name in own if not name.startswith("_")} == public | {
         "SalienceLoss",
         "cross_entropy",
-        "masked_mse",
     }
     for cls in LOSSES.values():
         assert all(part in (cls.__doc__ or "") for part in ("CE", "Term", "Shape:", ">>>"))
     results = doctest.testmod(losses)
     assert results.attempted > 20
     assert results.failed == 0
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_the_predicted_classes_map_is_what_the_authors_scripts_compare(outputs: int) -> None:
+    torch.manual_seed(0)
+    model, images = tiny(outputs), torch.randn(5, 1, 9, 9, dtype=torch.float64)
+    logits = model(images)
+    predicted = logits[:, 0].gt(0).long() if outputs == 1 else logits.argmax(1)
+    assert 0 < int((predicted == LABELS).sum()) < 5
+    weight = model[-1].weight
+    rows = weight[predicted] if outputs > 1 else weight * (2 * predicted[:, None] - 1)
+    seen = (model[:2](images) * rows[:, :, None, None]).sum(1)
+    human = torch.rand(seen.shape, dtype=torch.float64)
+    wanted = (norm(human) - norm(seen)).square().mean()
+    criterion = BaselineSalienceLoss(map_of="predicted")
+    found = criterion.terms(take_maps(model, images), human)["true"]
+    torch.testing.assert_close(found, wanted)
+    assert_same_gradients(gradients(found, model), gradients(wanted, model))
