@@ -1,10 +1,13 @@
 """Findings about decisions: how good they are, and what they leave open."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from diffsal.auditing.operating import area_under_curve, operating_points
-from diffsal.auditing.rows import Measured
+from diffsal.auditing.rows import Measured, Number
+from diffsal.auditing.stability import Reestimated
 from diffsal.auditing.wording import Finding, brief, make_finding, moved, tell, written
 from diffsal.errors import DiffsalError
 from diffsal.maps.contrast import class_count
@@ -83,3 +86,49 @@ def find_stress_test(measured: Measured, obstacle: str, left_out: dict[str, str]
         "is not thereby proven true. It shows that no test of predictions could notice.",
         numbers,
     )
+
+
+def find_batch_norm(
+    measured: Measured, found: Reestimated | str, left_out: dict[str, str]
+) -> Finding:
+    """What becomes of maps and decisions if batch norms take their statistics from these images."""
+    title = "Whether maps and decisions hang on batch-norm statistics of the training set"
+    limits = (
+        "Statistics of few images are noisy, and those of images with another mix of classes "
+        "differ: a change need not mean that anything is wrong with either. That little changes "
+        "says that these images are like those of the training, not that the maps are right."
+    )
+    if isinstance(found, str):
+        left_out["re-estimated batch norm"] = found
+        return make_finding("batch-norm", title, f"Could not be tried: {found}.", limits, [])
+    maps = measured.per_map("reestimated", ", statistics re-estimated", "rank correlation")
+    change = measured.number(
+        "reestimated_change", "Relative change of the difference map, re-estimated", "ratio"
+    )
+    turned = int(np.sum(measured.column("margin") * measured.column("reestimated_margin") < 0))
+    numbers = [*maps.values(), change]
+    norms = f"{found.layers} batch norm{'s' * (found.layers != 1)}"
+    says = (
+        f"In a copy, the statistics of {norms} were taken from the "
+        f"{len(measured.rows)} audited images instead of the training set. The difference map "
+        f"orders the cells as before to a rank correlation of {tell(maps['difference'])}, the "
+        f"class map {brief(maps['true'])}; the difference map changes by a share of "
+        f"{brief(change)} of its size, and {turned or 'no'} margin{'s' * (turned != 1)} "
+        f"change{'s' * (turned == 1)} sign."
+    )
+    try:
+        before, after = area_under_curve(measured), _area_of_copy(measured, found)
+        numbers.insert(0, after)
+        says += (
+            f" The area under the ROC curve goes from {written(before['mean'])} to {brief(after)}."
+        )
+    except DiffsalError:
+        pass  # said where performance is
+    return make_finding("batch-norm", title, says, limits, numbers)
+
+
+def _area_of_copy(measured: Measured, found: Reestimated) -> Number:
+    rows = [row | {"margin": row["reestimated_margin"]} for row in measured.rows]
+    area = area_under_curve(replace(measured, rows=rows, logits=list(found.logits)))
+    label = "Area under the ROC curve, statistics re-estimated"
+    return area | {"name": "auroc_reestimated", "label": label}

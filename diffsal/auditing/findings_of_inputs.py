@@ -2,6 +2,7 @@
 
 from diffsal.auditing.composites import CompositeTest
 from diffsal.auditing.rows import MAPS, Measured
+from diffsal.auditing.stability import LEVELS, STEADY
 from diffsal.auditing.wording import (
     NOT_TAKEN,
     Finding,
@@ -10,6 +11,7 @@ from diffsal.auditing.wording import (
     composites_in_words,
     images_in_words,
     make_finding,
+    percent,
     sign,
     tell,
 )
@@ -158,5 +160,35 @@ def find_perturbation(measured: Measured, left_out: dict[str, str]) -> Finding:
         says,
         "The areas depend on what stands in for missing pixels and on how confident the model is. "
         "They compare maps of one model, not models, and say nothing about single cells.",
+        numbers,
+    )
+
+
+def find_sensitivity(measured: Measured, left_out: dict[str, str]) -> Finding:
+    """Whether the difference map holds still where the decision does."""
+    largest = measured.number(
+        "sensitivity", "Largest change of the difference map (Max-Sensitivity)", "ratio"
+    )
+    counted = measured.number("sensitivity_counted", "Changes that leave the margin", "share")
+    numbers = [largest, counted]
+    if counted["n"] == 0:
+        left_out["Max-Sensitivity"] = NOT_TAKEN
+        numbers = []
+        says = "Not measured: no images were set aside for it."
+    elif largest["mean"] is None:
+        says = "Undefined: the map is zero, or no small change leaves the margin, on every image."
+    else:
+        says = (
+            f"Where every pixel changes at random by at most {LEVELS} of 255 levels and the margin "
+            f"by at most {percent(STEADY)}, the difference map changes by up to a share of "
+            f"{tell(largest)} of its size. Of the changes tried, a share of {brief(counted)} leave "
+            "the margin so and count."
+        )
+    return make_finding(
+        "sensitivity",
+        "Whether the difference map holds still where the decision does",
+        says,
+        "Random changes are not the worst: whoever looks for one that moves the map finds larger "
+        "ones. A map that holds still need not be right: one that ignores the image never moves.",
         numbers,
     )

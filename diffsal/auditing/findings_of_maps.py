@@ -1,7 +1,16 @@
 """Findings about the maps themselves: what they share, where they lie, what they depend on."""
 
+from diffsal.auditing.clusters import Kinds
 from diffsal.auditing.rows import Measured, Number
-from diffsal.auditing.wording import NOT_TAKEN, Finding, brief, make_finding, tell, written
+from diffsal.auditing.wording import (
+    NOT_TAKEN,
+    Finding,
+    brief,
+    images_in_words,
+    make_finding,
+    tell,
+    written,
+)
 from diffsal.faithfulness.localisation import edge_frame
 
 
@@ -147,3 +156,38 @@ def find_sanity(measured: Measured, left_out: dict[str, str]) -> Finding:
         "may still mark what does not decide.",
         numbers,
     )
+
+
+def find_clusters(kinds: Kinds | str, left_out: dict[str, str]) -> Finding:
+    """Which kinds of evidence the images fall into, if they do."""
+    title = "Which kinds of evidence there are"
+    limits = (
+        "Kinds are of where evidence lies, not of what it is there, and the ends of a gradual "
+        "change can look like two kinds. A kind of its own, or one with more errors, is a reason "
+        "to look at its images, not a proof of a shortcut; a shortcut that all images share makes "
+        "no kind."
+    )
+    if isinstance(kinds, str):
+        left_out["kinds of evidence"] = kinds
+        return make_finding("clusters", title, f"Not looked for: {kinds}.", limits, [])
+    number, found = kinds.silhouette, kinds.each
+    measured_by = (
+        f"silhouette {written(number['mean'])}, and up to {written(number['chance'])} in draws of "
+        "maps of one kind"
+    )
+    if not found:
+        says = (
+            "No distinct kinds: clusters always come out, even of noise, and the best do not hold "
+            f"together better than clusters by chance, or hardly at all ({measured_by})."
+        )
+        return make_finding("clusters", title, says, limits, [number])
+    each = "; ".join(
+        f"kind {place}, {images_in_words(one['images'])}, is wrong on a share of "
+        f"{brief(one['error'])}"
+        for place, one in enumerate(found, start=1)
+    )
+    says = (
+        f"The difference maps, turned towards the decision, are of {len(found)} kinds that hold "
+        f"together better than by chance ({measured_by}): {each}."
+    )
+    return make_finding("clusters", title, says, limits, [number])
