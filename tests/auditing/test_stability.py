@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from auditing.samples import (
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
+from diffsal.auditing.findings_of_decisions import find_batch_norm
 from diffsal.auditing.measure import measure_samples
+from diffsal.auditing.rows import Measured
 from diffsal.auditing.run import audit
-from diffsal.auditing.stability import measure_reestimated
+from diffsal.auditing.stability import Reestimated, measure_reestimated
 from diffsal.data.datasets import ImageDataset
-from diffsal.data.index import read_index
+from diffsal.data.index import Sample, read_index
 from diffsal.faithfulness.batch_norm import batch_norms, reestimate_batch_norms
 from diffsal.faithfulness.sensitivity import max_sensitivity
 from diffsal.maps.salience import explain
@@ -153,3 +156,26 @@ def test_a_model_without_batch_norm(tmp_path):
 def test_few_images_are_too_few(tmp_path):
     result = audit_of(tmp_path, loaded_model(tmp_path), (4, 4))
     assert "8 images are too few to take statistics of" in say(result, "batch-norm")
+
+
+def test_the_areas_are_those_of_the_model_and_of_the_copy():
+    """The model is right on all images; its copy tells nothing."""
+    copy = np.random.default_rng(0).normal(size=20)
+    labels = np.arange(20) % 2
+    sign = np.where(labels == 1, 1, -1)
+    maps = {"reestimated_true": 0.5, "reestimated_difference": 0.5, "reestimated_change": 0.5}
+    rows = [
+        {"margin": 1.0, "reestimated_margin": float(s * m), **maps}
+        for s, m in zip(sign, copy, strict=True)
+    ]
+    samples = [Sample(Path(str(number)), int(label)) for number, label in enumerate(labels)]
+    measured = Measured(
+        rows=rows, samples=samples, logits=list(torch.tensor(sign[:, None].astype(float)))
+    )
+    found = find_batch_norm(measured, Reestimated(3, torch.tensor(copy)[:, None]), {})
+    assert "goes from 1.000 to" in found["says"]
+    area = found["numbers"][0]
+    assert area["mean"] == pytest.approx(roc_auc_score(labels, copy))
+    assert 0.1 < area["low"] < area["mean"] < area["high"] < 0.9
+    turned = int((sign * copy < 0).sum())
+    assert f"{turned} margins change sign" in found["says"]
