@@ -4,10 +4,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from diffsal.auditing.batches import draw_samples
+from diffsal.auditing.clusters import Kinds, evidence_kinds
 from diffsal.auditing.composites import CompositeTest, composite_test
 from diffsal.auditing.measure import measure_samples, measure_subset
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.settings import Settings
+from diffsal.auditing.stability import (
+    Reestimated,
+    measure_reestimated,
+    measure_sensitivity,
+)
 from diffsal.auditing.stress import stress_test
 from diffsal.data.index import Index, Sample
 from diffsal.errors import DiffsalError
@@ -30,6 +36,8 @@ class Evidence:
         randomisation: how alike the model's maps stay, by stage; ``None``: not tried.
         composites: the composite test; or why it could not be run.
         other_composites: the reference's.
+        kinds: kinds of evidence; or why there are none to tell.
+        reestimated: the model with other batch-norm statistics; or why it could not be had.
         fooled: the stress test's copy; ``None`` where it could not be applied.
         obstacle: why; empty where it was.
     """
@@ -44,6 +52,8 @@ class Evidence:
     randomisation: dict[str, Any] | None
     composites: CompositeTest | str
     other_composites: CompositeTest | str
+    kinds: Kinds | str
+    reestimated: Reestimated | str
     fooled: LoadedModel | None
     obstacle: str
 
@@ -60,6 +70,9 @@ def gather(
     with running(settings.device, settings.preprocessing.size, settings.batch_size):
         randomisation = measure_subset(measured, loaded, settings)
         composites = composite_test(measured, loaded, settings)
+        kinds = evidence_kinds(measured)
+        measure_sensitivity(measured, loaded, settings)
+        reestimated = measure_reestimated(measured, loaded, settings)
         fooled, obstacle = stress_test(index, split, measured, loaded, settings)
     other: Measured | None = None
     other_composites: CompositeTest | str = "there is no reference"
@@ -80,6 +93,8 @@ def gather(
         randomisation,
         composites,
         other_composites,
+        kinds,
+        reestimated,
         fooled,
         obstacle,
     )

@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from scipy import stats
 
 from diffsal.auditing.evidence import Evidence
-from diffsal.auditing.report import data_uri, picture
+from diffsal.auditing.report import LARGEST, data_uri, picture
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.settings import Settings
 from diffsal.data.index import Sample
 from diffsal.explaining.explanations import Outputs, explain_images
 from diffsal.explaining.explanations import Settings as ExplanationSettings
 from diffsal.explaining.figures import PANELS
+from diffsal.explaining.overlays import SIGNED, Layer, Map, Pixels
 from diffsal.models.checkpoints import LoadedModel
 
 _SHOWN = 3  # images of each group, and pairs of the stress test
@@ -92,7 +94,13 @@ def draw_gallery(
     def draw(model: LoadedModel, positions: Sequence[int]) -> list[dict[str, Any]]:
         return [
             measured.rows[position]
-            | _pictures(measured.samples[position], model, evidence.settings, scratch)
+            | _pictures(
+                measured.samples[position],
+                model,
+                evidence.settings,
+                scratch,
+                measured.samples[position].label,
+            )
             for position in positions
         ]
 
@@ -103,6 +111,39 @@ def draw_gallery(
     positions = known[np.linspace(0, len(known) - 1, _SHOWN).round().astype(int)].tolist()
     pairs = zip(draw(loaded, positions), draw(fooled, positions), strict=True)
     return groups, [{"before": before, "after": after} for before, after in pairs]
+
+
+def draw_kinds(evidence: Evidence, scratch: Path) -> list[dict[str, Any]]:
+    """Kinds of evidence with pictures: the mean map, and images with what speaks for the decision.
+
+    Args:
+        evidence: what the kinds were found in.
+        scratch: a folder for files on the way.
+    """
+    kinds, measured, settings = evidence.kinds, evidence.measured, evidence.settings
+    if isinstance(kinds, str):
+        return []
+    largest = max((np.abs(one["map"]).max() for one in kinds.each), default=0.0)
+    drawn = []
+    for one in kinds.each:
+        examples = []
+        for position in one["examples"]:
+            row, sample = measured.rows[position], measured.samples[position]
+            predicted = measured.names.index(row["predicted"])
+            drawings = _pictures(sample, evidence.loaded, settings, scratch, predicted)
+            examples.append(row | {"picture": drawings["evidence"]})
+        mean = _cells(np.array(one["map"], np.float32), largest, settings.preprocessing.size)
+        drawn.append(one | {"mean": data_uri(mean), "examples": examples})
+    return drawn
+
+
+def _cells(values: Map, largest: float, size: tuple[int, int]) -> Pixels:
+    """A signed map as coloured cells on white, in the shape of the network's input."""
+    colours = Layer(values, -largest, largest, SIGNED).over(
+        np.full((*values.shape, 3), 255, np.uint8)
+    )
+    height, width = (round(LARGEST * side / max(size)) for side in size)
+    return np.asarray(Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST))
 
 
 def draw_composites(evidence: Evidence) -> list[dict[str, Any]]:
@@ -116,9 +157,9 @@ def draw_composites(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def _pictures(
-    sample: Sample, loaded: LoadedModel, settings: Settings, scratch: Path
+    sample: Sample, loaded: LoadedModel, settings: Settings, scratch: Path, true: int
 ) -> dict[str, str]:
-    """The image and its maps as data URIs, by the pipeline of `diffsal explain`."""
+    """The image and its maps of a class as data URIs, by the pipeline of `diffsal explain`."""
     manifest = explain_images(
         [sample.path],
         loaded=loaded,
@@ -126,7 +167,7 @@ def _pictures(
         settings=ExplanationSettings(
             preprocessing=settings.preprocessing,
             device=settings.device,
-            true=str(sample.label),
+            true=str(true),
             outputs=Outputs(figure=False, overlays=True),
         ),
         overwrite=True,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsal.auditing.batches import Batch, label_maps, read_batches
+from diffsal.auditing.clusters import decision_maps
 from diffsal.auditing.rows import MAPS, Measured, plain
 from diffsal.auditing.settings import Settings
 from diffsal.data.datasets import ImageDataset
@@ -130,6 +131,7 @@ def _append(
     logits = maps.logits.cpu()
     share = maps.probabilities.cpu()
     predicted = predicted_class(logits)
+    evidence = decision_maps(maps, occlusion_grid(maps.true.shape[1:]))
     columns = {name: values.double().cpu() for name, values in numbers.items()}
     drawn = {name: curve.float().cpu().numpy() for name, curve in curves.items()}
     for row, sample in enumerate(batch.samples):
@@ -138,6 +140,7 @@ def _append(
             continue
         measured.samples.append(sample)
         measured.logits.append(logits[row])
+        measured.evidence.append(evidence[row])
         measured.curves.append({name: curve[row] for name, curve in drawn.items()})
         measured.rows.append(
             {

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import stats
 
 from diffsal.auditing.rows import Measured, Number, described
 from diffsal.faithfulness.statistics import Interval
+from diffsal.maps.contrast import class_count
+from diffsal.training.loop import auroc
 
 Scores = NDArray[np.float64]
 """(..., N) margins for the second class, in logits."""
@@ -48,6 +51,32 @@ def operating_points(measured: Measured) -> list[Number]:
         described(name, label, "share", _interval(measure, second, first, measured.seed))
         for name, label, measure in points
     ]
+
+
+def area_under_curve(measured: Measured) -> Number:
+    """By scikit-learn; its interval, for two classes, from images drawn anew within each class.
+
+    Raises:
+        DiffsalError: the images are not of all classes.
+    """
+    logits = torch.stack(measured.logits).float()
+    labels = np.array([sample.label for sample in measured.samples])
+    area = auroc(logits, labels.tolist())
+    low = high = math.nan
+    margins = measured.column("margin") * np.where(labels == 1, 1, -1)
+    groups = margins[labels == 1], margins[labels == 0]
+    if class_count(logits) == 2 and min(map(len, groups)) > 1:
+        low, high = stats.bootstrap(
+            groups,
+            _rank_area,
+            method="percentile",
+            batch=max(1, 1_000_000 // len(labels)),
+            random_state=np.random.default_rng(measured.seed),
+        ).confidence_interval
+    if low == high:
+        low = high = math.nan
+    found = Interval(area, float(low), float(high), len(labels))
+    return described("auroc", "Area under the ROC curve", "area", found, chance=0.5)
 
 
 def missed(second: Scores, first: Scores, false_alarms: float, axis: int = -1) -> Scores:
@@ -124,3 +153,13 @@ def _interval(measure: Callable[..., Scores], second: Scores, first: Scores, see
     return Interval(
         float(measure(second, first)), float(low), float(high), len(second) + len(first)
     )
+
+
+def _rank_area(
+    positive: NDArray[np.float64], negative: NDArray[np.float64], axis: int = -1
+) -> NDArray[np.float64]:
+    """The area under the ROC curve from ranks, along the last axis (Mann and Whitney)."""
+    ranks = stats.rankdata(np.concatenate([positive, negative], axis=-1), axis=-1)
+    count, others = positive.shape[-1], negative.shape[-1]
+    above = ranks[..., :count].sum(-1) - count * (count + 1) / 2
+    return np.asarray(above / (count * others))

@@ -24,11 +24,13 @@ from diffsal.data.images import read_image
 Columns: TypeAlias = Mapping[str, NDArray[np.float64]]
 Line: TypeAlias = tuple[str, Sequence[float], Sequence[float]]
 
-_LARGEST = 224  # pixels of a picture's longer side
+LARGEST = 224
+"""Pixels of a picture's longer side."""
 _BINS = 24
 _SCALES = {
     "rank correlation": (-1.0, 1.0),
     "skill": (-1.0, 1.0),
+    "silhouette": (-1.0, 1.0),
     "share": (0.0, 1.0),
     "area": (0.0, 1.0),
     "probability difference": (-1.0, 1.0),
@@ -43,6 +45,7 @@ def render_report(
     gallery: Sequence[Mapping[str, Any]],
     stress: Sequence[Mapping[str, Any]],
     composites: Sequence[Mapping[str, Any]],
+    kinds: Sequence[Mapping[str, Any]],
 ) -> str:
     """The page.
 
@@ -52,6 +55,8 @@ def render_report(
         gallery: groups of images, with rows of ``per-image.csv`` and pictures as data URIs.
         stress: the same of single images ``before`` and ``after`` the stress test.
         composites: what ``composites.shown`` of ``audit.json`` has, and ``views`` as data URIs.
+        kinds: what ``clusters.kinds`` has, the ``mean`` map as a data URI, and ``examples``: rows
+            with a ``picture``.
     """
     environment = Environment(
         loader=PackageLoader("diffsal.auditing"),
@@ -68,6 +73,7 @@ def render_report(
         gallery=gallery,
         stress=stress,
         composites=composites,
+        kinds=kinds,
     )
 
 
@@ -79,7 +85,7 @@ def picture(path: Path) -> str:
 def data_uri(pixels: NDArray[np.uint8]) -> str:
     """An image (H, W, 3) as a data URI, no larger than a report needs."""
     image = Image.fromarray(pixels)
-    image.thumbnail((_LARGEST, _LARGEST))
+    image.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

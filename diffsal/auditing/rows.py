@@ -21,7 +21,7 @@ MAPS = {"true": "Class map", "difference": "Difference map"}
 
 MEASURES_OF_MAPS = (
     *("occlusion", "smoothgrad", "insertion", "deletion", "frame", "pointing", "energy", "iou"),
-    *("road", "transplant", "randomised"),
+    *("road", "transplant", "randomised", "reestimated"),
 )
 """What is measured of each map under audit; a column is ``occlusion_true``, say."""
 COLUMNS = (
@@ -39,6 +39,11 @@ COLUMNS = (
     "receptive_share",
     "composite_error",
     "alike_error",
+    "cluster",
+    "sensitivity",
+    "sensitivity_counted",
+    "reestimated_change",
+    "reestimated_margin",
     "target_before",
     "target_after",
     "share_after",
@@ -58,6 +63,7 @@ class Measured:
         rows: a row per image, in the order of the index.
         samples: their samples.
         logits: theirs, (K,) each.
+        evidence: theirs, (h, w) each, see :func:`diffsal.auditing.clusters.decision_maps`.
         curves: theirs of insertion and deletion, (steps + 1,) each, by column.
         failed: ``path`` and ``error`` of images that could not be measured.
         cells: (h, w) of the maps.
@@ -77,6 +83,7 @@ class Measured:
     rows: list[Row] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    evidence: list[Tensor] = field(default_factory=list)
     curves: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     cells: tuple[int, int] = (0, 0)

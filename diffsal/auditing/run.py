@@ -17,12 +17,13 @@ from diffsal import __version__
 from diffsal.auditing.composites import PER_IMAGE
 from diffsal.auditing.evidence import Evidence, gather
 from diffsal.auditing.findings import find
-from diffsal.auditing.gallery import choose_gallery, draw_composites, draw_gallery
+from diffsal.auditing.gallery import choose_gallery, draw_composites, draw_gallery, draw_kinds
 from diffsal.auditing.measure import CURVE_STEPS, OCCLUDER, mean_curves, occlusion_grid
 from diffsal.auditing.parts import find_parts
 from diffsal.auditing.report import render_report
 from diffsal.auditing.rows import COLUMNS, Measured, Row
 from diffsal.auditing.settings import Settings
+from diffsal.auditing.stability import LEVELS, STEADY
 from diffsal.auditing.summary import compare, summarize
 from diffsal.data.index import Index
 from diffsal.errors import DiffsalError
@@ -73,7 +74,11 @@ def audit(
     document = _document(evidence, gallery)
     columns = {name: evidence.measured.column(name) for name in COLUMNS}
     with TemporaryDirectory() as scratch:
-        pictures = *draw_gallery(gallery, evidence, Path(scratch)), draw_composites(evidence)
+        pictures = (
+            *draw_gallery(gallery, evidence, Path(scratch)),
+            draw_composites(evidence),
+            draw_kinds(evidence, Path(scratch)),
+        )
         page = render_report(document, columns, *pictures)
 
     _write_rows(folder / "per-image.csv", evidence.measured.rows)
@@ -98,7 +103,7 @@ def _check_free(folder: Path, overwrite: bool) -> None:
 def _document(evidence: Evidence, gallery: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of ``audit.json``."""
     index, measured, comparison = evidence.index, evidence.measured, None
-    findings, left_out = find(measured, evidence.composites, evidence.obstacle)
+    findings, left_out = find(evidence)
     if evidence.reference is not None and evidence.other is not None:
         tests = evidence.composites, evidence.other_composites
         comparison = {"model": identity(evidence.reference)} | compare(
@@ -120,6 +125,7 @@ def _document(evidence: Evidence, gallery: list[dict[str, Any]]) -> dict[str, An
         "curves": mean_curves(measured),
         "randomisation": evidence.randomisation,
         "composites": None if isinstance(evidence.composites, str) else evidence.composites.facts(),
+        "clusters": None if isinstance(evidence.kinds, str) else evidence.kinds.facts(),
         "gallery": [
             {**group, "images": [measured.rows[image]["path"] for image in group["images"]]}
             for group in gallery
@@ -154,6 +160,8 @@ def _settings_facts(settings: Settings, measured: Measured) -> dict[str, Any]:
         "occlusion_grid": occlusion_grid(measured.cells),
         "curve_steps": CURVE_STEPS,
         "frame_width": measured.frame_width,
+        "sensitivity_levels": LEVELS,
+        "sensitivity_steady": STEADY,
     }
 
 

@@ -108,22 +108,34 @@ def settled_margin(
     """
     whole = contrast(logits, true, false)
 
-    def settled(choice: Choice, classes: Tensor, sample: Tensor) -> Choice:
-        if not (classes == NO_CLASS).any():
-            return classes[sample]
-        if isinstance(choice, Sequence) and not isinstance(choice, str):
-            return [choice[index] for index in sample.tolist()]
-        return choice
-
     def margin(logits: Tensor, sample: Tensor) -> Tensor:
         scores = contrast(
             logits,
-            settled(true, whole.true_class, sample),
-            settled(false, whole.false_class, sample),
+            settled_choice(true, whole.true_class, sample),
+            settled_choice(false, whole.false_class, sample),
         )
         return scores.true_score - scores.false_score
 
     return margin
+
+
+def settled_choice(choice: Choice, classes: Tensor, sample: Tensor) -> Choice:
+    """What variants of images are asked for: the classes that the images have settled, if they are.
+
+    Args:
+        choice: what the images were asked for.
+        classes: (B,) int64, what came of it: ``true_class`` or ``false_class`` of their contrast.
+        sample: (N,) indices of the images that the variants are of.
+
+    Example:
+        >>> settled_choice(None, torch.tensor([1, 0]), torch.tensor([0, 0, 1]))
+        tensor([1, 1, 0])
+    """
+    if not (classes == NO_CLASS).any():
+        return classes[sample]
+    if isinstance(choice, Sequence) and not isinstance(choice, str):
+        return [choice[index] for index in sample.tolist()]
+    return choice
 
 
 def read_logits(model: nn.Module, inputs: Tensor) -> Tensor:

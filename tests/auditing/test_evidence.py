@@ -23,7 +23,7 @@ def test_the_test_split_is_audited_and_the_training_split_makes_the_vector(tmp_p
     assert set(table["path"]) == tested
     assert not np.isnan(table["target_after"]).any()
     missing = {one["what"] for one in result["left_out"]}
-    slow = {"ROAD", "transplants", "cascading randomisation"}
+    slow = {"ROAD", "transplants", "cascading randomisation", "Max-Sensitivity"}
     assert missing == {"localisation against human maps", *slow}
     assert "the index names no human maps" in (tmp_path / "report.html").read_text("utf-8")
 

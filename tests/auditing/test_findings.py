@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from diffsal.auditing.findings import _occlusion
+from diffsal.auditing.findings_of_inputs import find_occlusion
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.run import audit
 from diffsal.auditing.wording import written
@@ -36,6 +36,7 @@ class PerceptronHead(nn.Module):
 
 def test_every_number_follows_from_the_rows(audited):
     other = "auroc", "composite_skill", "miss_at", "equal_error_rate", "calibration_error"
+    other += ("silhouette",)
     numbers = [number for number in audited.numbers() if not number["name"].startswith(other)]
     assert len(numbers) > 30
     labels = np.array(audited.table["label"])
@@ -94,7 +95,7 @@ def test_every_finding_says_what_it_does_not_show(audited):
 def test_words_follow_the_interval(low, high, words, other, monkeypatch):
     number = {"mean": 0.0, "low": low, "high": high, "n": 9}
     monkeypatch.setattr(Measured, "number", lambda *_, **__: number)
-    says = _occlusion(Measured(rows=[]), {})["says"]
+    says = find_occlusion(Measured(rows=[]), {})["says"]
     assert words in says
     assert other in says
 

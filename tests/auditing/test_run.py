@@ -28,7 +28,7 @@ def test_files_and_schema_are_documented(audited):
     documented = {*document, *document["model"], *document["data"], *document["settings"]}
     documented |= {*document["randomisation"], *document["reference"], *document["gallery"][0]}
     documented |= {*document["findings"][0], *document["curves"], *document["composites"]}
-    documented |= {*document["parts"][0]}
+    documented |= {*document["parts"][0], *document["clusters"]}
     documented |= {*KINDS, *document["composites"]["kinds"]["same"]}
     documented |= {*document["composites"]["shown"][0]}
     documented |= {*audited.findings, *COLUMNS}
