@@ -6,6 +6,7 @@ that the flags are, over the same tensors, hooks and attributes. ``nn.DataParall
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import getclosurevars, isfunction
 from itertools import chain
 from types import MethodType
 from typing import Any
@@ -26,7 +27,7 @@ def evaluated(model: nn.Module) -> Iterator[nn.Module]:
     """What to run in the model's stead, in evaluation mode: itself, or a twin.
 
     A model that has not been seen to keep its flags in a run is not run itself: its own forward
-    pass may call ``train()``. What a twin's forward pass assigns to ``self`` is not kept.
+    pass may call ``train()``. What a twin's forward pass assigns to ``self``, the model has too.
 
     Raises:
         DiffsalError: a part of a model in training mode that only runs as it is: it is scripted, or
@@ -45,6 +46,7 @@ def evaluated(model: nn.Module) -> Iterator[nn.Module]:
         return
     twins, ran = _twins(modules), []
     run, refused, versions = twins[model], set(training), _versions(modules)
+    made = [dict(twins[module].__dict__) for module in modules]
 
     def watch(module: nn.Module, _: Any) -> None:
         if module in refused:
@@ -58,6 +60,8 @@ def evaluated(model: nn.Module) -> Iterator[nn.Module]:
         yield run
     finally:
         remove()
+        for module, attributes in zip(modules, made, strict=True):
+            _hand_over(attributes, twins[module], module)
     if any(twin.training for twin in twins.values()):
         _STEADY.discard(model)
         return
@@ -83,6 +87,13 @@ def in_evaluation_mode(model: nn.Module) -> nn.Module:
         (False, True, False, True)
     """
     return _twins(list(model.modules()))[model]
+
+
+def _hand_over(before: dict[str, Any], twin: nn.Module, module: nn.Module) -> None:
+    """Of a twin's attributes those that are others than before, but for flags."""
+    for name, value in twin.__dict__.items():
+        if value is not before.get(name) and name != "training":
+            module.__dict__[name] = value
 
 
 def _versions(modules: Sequence[nn.Module]) -> list[int]:
@@ -127,9 +138,16 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def _can_move(module: nn.Module) -> bool:
-    """Whether its forward pass is a method, and no function that knows the module otherwise."""
+    """Whether its forward pass is a method, or a function that refers to no module by itself."""
     forward: Callable[..., Any] | None = module.__dict__.get("forward")
-    return forward is None or getattr(forward, "__self__", None) is module
+    if forward is None or getattr(forward, "__self__", None) is module:
+        return True
+    if not isfunction(forward):
+        return False
+    seen = getclosurevars(forward)
+    values = (*seen.nonlocals.values(), *seen.globals.values())
+    is_plain = not any(isinstance(value, nn.Module | MethodType) for value in values)
+    return is_plain and not any(callable(value) for value in seen.nonlocals.values())
 
 
 def _not_alone(module: nn.Module) -> DiffsalError:

@@ -476,3 +476,25 @@ def test_a_thousand_explanations_leave_nothing_behind() -> None:
         cam.maps(x)
     assert state(model.train()) == before
     assert alive() == count
+
+
+@MODES
+def test_what_a_forward_pass_assigns_to_itself_is_kept(training: bool) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.runs, self.features = net(), 0, None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            self.features = self.inner[:5](x)
+            return self.inner[5:](self.features)
+
+    model, x = Counts().train(training), images()
+    find_target_layer(model)
+    model.runs = 0
+    for turn in range(3):
+        explain(model, x, 1)
+        assert model.runs == turn + 1
+        assert model.features.shape == (2, 4, 8, 8)
+    assert model.training == training
