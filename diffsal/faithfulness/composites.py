@@ -36,7 +36,7 @@ from diffsal.faithfulness.pasting import (
 from diffsal.faithfulness.statistics import Interval, Maps, one_map_each, varies
 from diffsal.faithfulness.variants import batched_logits, read_logits
 from diffsal.maps.contrast import contrast
-from diffsal.maps.modes import evaluation_mode
+from diffsal.maps.modes import evaluated
 
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 """Of the largest margin: composites that stray less from the uniform prediction test nothing."""
@@ -143,8 +143,8 @@ def composite_margins(
         tensor([-3.], dtype=torch.float64)
     """
     parts = [plan[start : start + batch_size] for start in range(0, len(plan), batch_size)]
-    with evaluation_mode(model):
-        logits = torch.cat([read_logits(model, pasted(inputs, part)) for part in parts])
+    with evaluated(model) as run:
+        logits = torch.cat([read_logits(run, pasted(inputs, part)) for part in parts])
     return _margin(logits, true, false)
 
 
@@ -287,8 +287,8 @@ def run_composites(
         per_image=per_image,
         seed=seed,
     )
-    with evaluation_mode(model):
-        own = _margin(batched_logits(model, inputs, batch_size), true, false)
+    with evaluated(model) as run:
+        own = _margin(batched_logits(run, inputs, batch_size), true, false)
     if (own - margins).square().mean() > 1e-4 * own.square().mean():
         raise DiffsalError(
             f"these margins are not the model's for class {true} against class {false}: explain "

@@ -19,7 +19,7 @@ from diffsal.faithfulness.variants import batched_logits, read_logits, settled_m
 from diffsal.maps.admission import Layers, walk
 from diffsal.maps.contrast import Choice
 from diffsal.maps.layouts import Reshape
-from diffsal.maps.modes import evaluation_mode
+from diffsal.maps.modes import evaluated
 from diffsal.maps.outputs import output_logits
 from diffsal.maps.salience import capture
 
@@ -76,10 +76,10 @@ def smoothgrad(
             "a standard deviation of 0 or more"
         )
     walk(model)
-    with evaluation_mode(model), _gradients():
+    with evaluated(model) as run, _gradients():
         inputs, cell_of_pixel = _differentiable(inputs), cell_of_pixel.to(inputs.device)
         with torch.no_grad():  # clones throughout, as a model may change its input in place
-            logits = batched_logits(model, inputs.clone(), batch_size)
+            logits = batched_logits(run, inputs.clone(), batch_size)
         margin = settled_margin(logits, true, false)
         flat = inputs.flatten(1)
         spread = noise * (flat.amax(1) - flat.amin(1)).view(-1, 1, 1, 1)
@@ -91,7 +91,7 @@ def smoothgrad(
             sample, draw = part // draws, part % draws
             copies = inputs[sample] + spread[sample] * pattern[draw.cpu()].to(inputs)
             copies.requires_grad_()
-            scores = margin(read_logits(model, copies.clone()), sample)
+            scores = margin(read_logits(run, copies.clone()), sample)
             found.append(_cell_means(_gradient(scores, copies).abs().sum(1), cell_of_pixel))
         return torch.cat(found).view(len(inputs), draws, *grid).mean(1)
 
@@ -175,8 +175,8 @@ def receptive_share(
         inputs = _differentiable(inputs)
         captured = capture(model, target_layers, reshape_transform, example=inputs)
         pixels = inputs.clone().requires_grad_()
-        with evaluation_mode(model), captured:
-            maps = captured.maps(output_logits(model(pixels.clone())), true, false)
+        with evaluated(model) as run, captured:
+            maps = captured.maps(output_logits(run(pixels.clone())), true, false)
         evidence = one_map_each(maps.difference, inputs)
         grid = (evidence.shape[1], evidence.shape[2])
         cell_of_pixel = cells_of_pixels(inputs, grid).to(inputs.device)

@@ -19,7 +19,7 @@ from diffsal.faithfulness.variants import (
     score_variants,
 )
 from diffsal.maps.contrast import NO_CLASS, Choice, contrast, probabilities
-from diffsal.maps.modes import evaluation_mode
+from diffsal.maps.modes import evaluated
 from diffsal.maps.salience_maps import resize
 
 Classes: TypeAlias = Tensor | Sequence[int] | int | None
@@ -181,8 +181,8 @@ def insertion_deletion(
     pixels = resize(one_map_each(maps, inputs), size).flatten(1)
     position = descending(pixels).view(len(inputs), 1, *size)
     moved = torch.linspace(0, pixels.shape[1], steps + 1, device=inputs.device).round()
-    with evaluation_mode(model):
-        classes = _true_class(batched_logits(model, inputs, batch_size), true)
+    with evaluated(model) as run:
+        classes = _true_class(batched_logits(run, inputs, batch_size), true)
 
         def probability(logits: Tensor, sample: Tensor) -> Tensor:
             return probabilities(logits).gather(1, classes[sample, None])[:, 0]
@@ -193,7 +193,7 @@ def insertion_deletion(
                 return torch.where(is_moved, after[sample], before[sample])
 
             scores = score_variants(
-                model, inputs, steps + 1, move, probability, batch_size=batch_size
+                run, inputs, steps + 1, move, probability, batch_size=batch_size
             )
             return scores.where(varies(pixels)[:, None], torch.nan)
 
@@ -246,17 +246,18 @@ def road(
     relevance = (1 - descending(pixels) / pixels.shape[1]).view(-1, *size).cpu().numpy()
     metric = ROADCombined(list(percentiles))
 
-    def logits(images: Tensor) -> Tensor:
-        return read_logits(model, images.to(inputs.dtype))
+    with evaluated(model) as run, torch.random.fork_rng(devices=[]):
 
-    def score(index: int, true_class: int) -> float:
-        target = [lambda output: probabilities(output[None])[0, true_class]]
-        torch.default_generator.manual_seed(seed)  # the CPU's alone, where the noise is drawn
-        one = slice(index, index + 1)
-        return float(metric(inputs[one].float(), relevance[one], target, logits)[0])
+        def logits(images: Tensor) -> Tensor:
+            return read_logits(run, images.to(inputs.dtype))
 
-    with evaluation_mode(model), torch.random.fork_rng(devices=[]):
-        classes = _true_class(batched_logits(model, inputs, 1), true)
+        def score(index: int, true_class: int) -> float:
+            target = [lambda output: probabilities(output[None])[0, true_class]]
+            torch.default_generator.manual_seed(seed)  # the CPU's alone, where the noise is drawn
+            one = slice(index, index + 1)
+            return float(metric(inputs[one].float(), relevance[one], target, logits)[0])
+
+        classes = _true_class(batched_logits(run, inputs, 1), true)
         scores = [score(*each) for each in enumerate(classes.tolist())]
     return torch.tensor(scores, device=inputs.device).where(varies(pixels), torch.nan)
 

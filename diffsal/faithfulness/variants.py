@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsal.maps.contrast import NO_CLASS, Choice, contrast
-from diffsal.maps.modes import evaluation_mode
+from diffsal.maps.modes import evaluated
 from diffsal.maps.outputs import logits_of_run
 
 
@@ -42,10 +42,10 @@ def margin_drops(
                 [-1., -1.]])
     """
     everyone = torch.arange(len(inputs), device=inputs.device)
-    with evaluation_mode(model):
-        logits = batched_logits(model, inputs, batch_size)
+    with evaluated(model) as run:
+        logits = batched_logits(run, inputs, batch_size)
         margin = settled_margin(logits, true, false)
-        after = score_variants(model, inputs, variants, build, margin, batch_size=batch_size)
+        after = score_variants(run, inputs, variants, build, margin, batch_size=batch_size)
     return margin(logits, everyone)[:, None] - after
 
 

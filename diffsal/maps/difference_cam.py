@@ -22,7 +22,7 @@ from diffsal.maps.admission import as_layers
 from diffsal.maps.contrast import NO_CLASS, Choice, Score
 from diffsal.maps.layouts import Reshape
 from diffsal.maps.looking import Example
-from diffsal.maps.modes import evaluation_mode
+from diffsal.maps.modes import in_evaluation_mode
 from diffsal.maps.outputs import Outputs, output_logits
 from diffsal.maps.salience import capture, explain, explaining
 from diffsal.maps.salience_maps import SalienceMaps, normalize, resize
@@ -82,8 +82,9 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
     ) -> None:
         if next(model.parameters(), None) is None:
             raise DiffsalError(f"{type(model).__name__} has no parameters: pass a classifier")
-        with evaluation_mode(model):
-            super().__init__(model, [], reshape_transform)  # no layers, so none of its hooks
+        # It puts what it is given in evaluation mode; and no layers, so none of its hooks.
+        super().__init__(in_evaluation_mode(model), [], reshape_transform)
+        self.model = model
         self.false = false
         self.layers = as_layers(model, target_layers, self.reshape_transform, example)
         self.target_layers = [layer.module for layer in self.layers]  # as in grad-cam
@@ -184,7 +185,7 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
     def __del__(self) -> None:
         """Nothing to release, also where the constructor failed."""
 
-    def _explaining(self) -> AbstractContextManager[capture]:
+    def _explaining(self) -> AbstractContextManager[tuple[nn.Module, capture]]:
         return explaining(self.model, self.layers, **self._how)
 
     def _to_model(self, inputs: Any) -> Any:
@@ -206,8 +207,8 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
 
     def _raw(self, inputs: Tensor, targets: Targets, false: Choice, eigen_smooth: bool) -> Tensor:
         """The difference map, or its first component, at the input's size, not normalised."""
-        with self._explaining() as captured:
-            logits = output_logits(self.model(inputs))
+        with self._explaining() as (run, captured):
+            logits = output_logits(run(inputs))
             true = _true_choice(targets, logits)
             if eigen_smooth:
                 raw = captured.first_component(logits, true, false)
@@ -219,8 +220,8 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
     def _augmented(
         self, inputs: Tensor, targets: Targets, false: Choice, eigen_smooth: bool
     ) -> Tensor:
-        with self._explaining() as captured:
-            logits = output_logits(self.model(inputs))
+        with self._explaining() as (run, captured):
+            logits = output_logits(run(inputs))
             maps = captured.maps(logits, _true_choice(targets, logits), false)
         if maps.true_from != "score":
             targets = maps.true_class.cpu()

@@ -12,6 +12,7 @@ nothing over space is common to them, all of them are taken.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from diffsal.errors import DiffsalError
 from diffsal.maps.examples import Inputs, example_inputs
 from diffsal.maps.layouts import Layout, fits, possible_layouts
-from diffsal.maps.modes import evaluation_mode
+from diffsal.maps.modes import evaluated
 from diffsal.maps.outputs import Squash, remember_squash
 from diffsal.maps.run_record import (
     Place,
@@ -122,9 +123,9 @@ def look_at(model: nn.Module, example: Example = None) -> Look:
     known = _LOOKS.get(model)
     if known is not None and all(has_module(model, one.name) for one in known.candidates):
         return known
-    with evaluation_mode(model):
-        squash, look = _look_without_computing(model, example) or _look_at_values(model, example)
-        remember_squash(model, squash)
+    with evaluated(model) as run:
+        squash, look = _look_without_computing(run, example) or _look_at_values(run, example)
+        remember_squash(model, squash, training=False)
     _LOOKS[model] = look
     return look
 
@@ -165,10 +166,15 @@ def _hollow(model: nn.Module) -> nn.Module:
         empty = torch.empty_like(tensor, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    hollow = deepcopy(model, memo)
-    for module in hollow.modules():
-        module._forward_hooks.clear()
-    return hollow
+    return _copied(model, memo)
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy without the hooks behind modules, which other threads set and remove meanwhile."""
+    for module in model.modules():
+        memo[id(module._forward_hooks)] = OrderedDict()
+        memo[id(module._forward_pre_hooks)] = module._forward_pre_hooks.copy()
+    return deepcopy(model, memo)
 
 
 def _on_meta(inputs: Inputs) -> Inputs:
@@ -183,7 +189,7 @@ def _moved(value: Any) -> Any:
 def _without_zeros(model: nn.Module) -> nn.Module:
     """A copy whose weights that begin at zero are drawn, so that what is behind them shows."""
     with torch.inference_mode(False):
-        drawn = deepcopy(model)
+        drawn = _copied(model, {})
         generator = torch.Generator().manual_seed(0)
         for parameter in drawn.parameters():
             if parameter.is_floating_point() and not parameter.detach().any():

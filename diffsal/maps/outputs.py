@@ -121,18 +121,18 @@ def logits_of_run(model: nn.Module, *inputs: Any) -> ModelScores:
         >>> logits_of_run(model, torch.rand(2, 1, 2, 2)).squash
         'softmax'
     """
-    if not may_squash(model):
+    if not may_squash(model, model.training):
         return scores_of_output(model(*inputs), (), declared_outputs(model))
     with recording_squashes() as squashes:
         found = scores_of_output(model(*inputs), squashes, declared_outputs(model))
-    remember_squash(model, found.squash)
+    remember_squash(model, found.squash, model.training)
     return found
 
 
-def may_squash(model: nn.Module, outputs: Outputs | None = None) -> bool:
-    """Whether a model may return probabilities, in its present mode: unless it was seen not to."""
+def may_squash(model: nn.Module, training: bool, outputs: Outputs | None = None) -> bool:
+    """Whether a model may return probabilities, in that mode: unless it was seen not to."""
     outputs = outputs or declared_outputs(model)
-    return outputs != "logits" and _KNOWN.get(model, {}).get(model.training, "unknown") is not None
+    return outputs != "logits" and _KNOWN.get(model, {}).get(training, "unknown") is not None
 
 
 def declared_outputs(model: nn.Module) -> Outputs | None:
@@ -141,9 +141,9 @@ def declared_outputs(model: nn.Module) -> Outputs | None:
     return declared
 
 
-def remember_squash(model: nn.Module, squash: Squash | None) -> None:
+def remember_squash(model: nn.Module, squash: Squash | None, training: bool) -> None:
     """Spare the model's next runs what it takes to note sigmoids, where it has none at its end."""
-    _KNOWN.setdefault(model, {})[model.training] = squash
+    _KNOWN.setdefault(model, {})[training] = squash
 
 
 class _Recording(TorchFunctionMode):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffsal.maps.contexts import set_hook
 from diffsal.maps.outputs import Squash, declared_outputs, recording_squashes, scores_of_output
 
 Place: TypeAlias = "int | str | None"
@@ -179,7 +180,7 @@ def record_run(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, An
         recorder = _Recorder(list(images))
         for name, module in model.named_modules():
             if name and not isinstance(module, torch.jit.ScriptModule):
-                stack.callback(module.register_forward_hook(recorder.hook(name)).remove)
+                stack.callback(set_hook(recorder.hook(name), module.register_forward_hook))
         squashes = stack.enter_context(recording_squashes())
         output = model(
             *(doubled[index] for index in range(len(inputs))),

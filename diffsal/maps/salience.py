@@ -14,7 +14,7 @@ The same code explains and trains. Where the caller has gradients off, everythin
 runs without a graph, the graph begins at ``A``, and maps come back detached. Where gradients are
 on, ``A`` stays in the graph and maps are differentiable with respect to every parameter."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -22,16 +22,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsal.errors import DiffsalError
 from diffsal.maps.admission import Layers, as_layers, check_compiled, walk
+from diffsal.maps.contexts import Where, here, plain_attention, set_hook
 from diffsal.maps.contrast import Choice, Contrast, contrast
 from diffsal.maps.examples import as_inputs
 from diffsal.maps.fixed_statistics import Switch, held, norms_to_hold, remember_norms
-from diffsal.maps.layouts import Layout, Reshape, looks_channels_last
+from diffsal.maps.gradients import gradients_at, over_space
+from diffsal.maps.layouts import Reshape
 from diffsal.maps.looking import Example
-from diffsal.maps.modes import evaluation_mode
+from diffsal.maps.modes import evaluated
 from diffsal.maps.outputs import (
     ModelScores,
     Outputs,
@@ -64,6 +65,10 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
     do. One forward pass is recorded at a time: ``maps`` uses it up. On leaving, all hooks are
     removed and grad mode is what it was.
 
+    It acts in the thread, and the asyncio task, that opened it: any other runs, explains or trains
+    the same model as if there were no capture. Between the forward pass and ``maps`` gradients are
+    on in that thread, so that with gradients off, maps are to be taken before an ``await``.
+
     Args:
         model: the module that is called, wrappers included.
         target_layers: one or several layers, or their names; ``None``: the last feature map over
@@ -83,7 +88,8 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
 
     Raises:
         DiffsalError: the model is compiled, was made in inference mode, or is wrapped in
-            ``DistributedDataParallel(static_graph=True)``; a layer is not part of the model.
+            ``DistributedDataParallel(static_graph=True)``; a layer is not part of the model; maps
+            are taken, or it is left, in another thread or task than it was entered in.
 
     Example:
         >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
@@ -127,31 +133,31 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         self._image: tuple[int, ...] | None = None
         self._activations: list[Tensor | None] = [None] * len(self._layers)
         self._calls = [0] * len(self._layers)
-        self._stack = ExitStack()
-        self._open = False
-        self._trains = True
+        self._hooks, self._modes, self._recording = ExitStack(), ExitStack(), ExitStack()
+        self._where: Where | None = None
+        self._trains, self._training = True, model.training
 
     def __enter__(self) -> "capture":
-        if self._open:
+        if self._where is not None:
             raise DiffsalError("this capture is open already: make one for each `with`")
         self._trains = torch.is_grad_enabled()
-        with ExitStack() as stack:
+        with ExitStack() as hooks, ExitStack() as modes:
             if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.no_grad())
+                modes.enter_context(torch.inference_mode(False))
+                modes.enter_context(torch.no_grad())
             for index, layer in enumerate(self._layers):
-                stack.callback(layer.module.register_forward_hook(self._hook(index, layer)).remove)
+                register = layer.module.register_forward_hook
+                hooks.callback(set_hook(self._hook(index, layer), register))
             for norm in self._norms:
-                stack.callback(norm.register_forward_hook(self._hold).remove)
-            note = self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
-            stack.callback(note.remove)
+                hooks.callback(set_hook(self._hold(norm), norm.register_forward_hook))
+            begin, end = self._model.register_forward_pre_hook, self._model.register_forward_hook
+            hooks.callback(set_hook(self._begin, begin, with_kwargs=True))
+            hooks.callback(set_hook(self._end, end, always_call=True))
             if self._trains:  # the fused attentions cannot be differentiated twice
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if may_squash(self._model, self._outputs):
-                self._squashes = stack.enter_context(recording_squashes())
-            stack.callback(self._forget)  # and puts back the grad mode that a hook switched on
-            self._stack = stack.pop_all()
-        self._open = True
+                hooks.enter_context(plain_attention())
+            modes.callback(self._forget)  # and puts back the grad mode that a hook switched on
+            self._hooks, self._modes = hooks.pop_all(), modes.pop_all()
+        self._where = here()
         return self
 
     def __exit__(
@@ -160,8 +166,16 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open = False
-        self._stack.close()
+        where, self._where = self._where, None
+        self._hooks.close()
+        if where != here():  # whose grad mode is not what this one found
+            self._activations = [None] * len(self._layers)
+            raise DiffsalError(
+                "this capture is left in another thread or asyncio task than it was entered in, "
+                "where its grad mode cannot be put back: enter and leave it in one"
+            )
+        self._recording.close()
+        self._modes.close()
 
     def maps(self, logits: Tensor, true: Choice = None, false: Choice = None) -> SalienceMaps:
         """The maps of the forward pass that returned ``logits``.
@@ -230,36 +244,53 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
 
         return record
 
-    def _hold(self, module: nn.Module, inputs: Any, output: Any) -> Tensor | None:
+    def _hold(self, norm: nn.Module) -> Callable[[nn.Module, Any, Any], Tensor | None]:
         """Of a norm that runs behind the layer, on what is pooled: a scale that can be fixed."""
-        is_behind = any(activation is not None for activation in self._activations)
-        if not is_behind or not isinstance(output, Tensor) or not output.requires_grad:
-            return None
-        result = held(module, inputs[0], output, self._switch)
-        if result is not None and module not in self._behind:
-            self._behind.append(module)
-        return result
+
+        def hold(_: nn.Module, inputs: Any, output: Any) -> Tensor | None:
+            is_behind = any(activation is not None for activation in self._activations)
+            if not is_behind or not isinstance(output, Tensor) or not output.requires_grad:
+                return None
+            result = held(norm, inputs[0], output, self._switch)
+            if result is not None and norm not in self._behind:
+                self._behind.append(norm)
+            return result
+
+        return hold
 
     def _begin(self, module: nn.Module, inputs: Any, named: Any) -> None:
         """At the start of each forward pass: what is counted and measured in it."""
         self._calls = [0] * len(self._layers)
         images = [one for one in (*inputs, *named.values()) if is_image(one)]
         self._image = tuple(images[0].shape[2:]) if images else None
+        self._training = module.training
+        if may_squash(self._model, self._training, self._outputs):
+            # For the run alone: a mode that outlived an `await` would be taken off out of turn.
+            self._squashes = self._recording.enter_context(recording_squashes())
+
+    def _end(self, *_: Any) -> None:
+        self._recording.close()
 
     def _differentiate(
         self, logits: Tensor, true: Choice, false: Choice
     ) -> tuple[ModelScores, Contrast, tuple[list[Tensor], list[Tensor]]]:
         """The logits, both scores, and for each the (B, C, h, w) contributions of every layer."""
+        self._check_where()
         try:
             activations = self._recorded()
+            # Of maps after an `await`, another task may have left another grad mode.
+            torch.set_grad_enabled(True)
             found = scores_of_output(logits, self._squashes, self._outputs)
-            remember_squash(self._model, found.squash)
+            remember_squash(self._model, found.squash, self._training)
             if len(self._norms) == len(self._all_norms):
                 remember_norms(self._model, self._all_norms, self._behind)
             scores = contrast(found.logits, true, false)
             pair = scores.true_score, scores.false_score
+            names = [layer.name for layer in self._layers]
             self._switch.on = True
-            gradients = [self._gradients(score, activations) for score in pair]
+            gradients = [
+                gradients_at(activations, names, score, create_graph=self._trains) for score in pair
+            ]
         finally:
             self._switch.on = False
             self._forget()
@@ -272,11 +303,18 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         )
         return found, scores, (true_layers, false_layers)
 
-    def _recorded(self) -> list[Tensor]:
-        if not self._open:
+    def _check_where(self) -> None:
+        if self._where is None:
             raise DiffsalError(
                 "maps are taken inside the capture: call captured.maps within `with`"
             )
+        if self._where != here():
+            raise DiffsalError(
+                "maps are taken in the thread and asyncio task that opened the capture: open one "
+                "in each, with its forward pass and its maps"
+            )
+
+    def _recorded(self) -> list[Tensor]:
         missing = [
             layer.name
             for layer, activation in zip(self._layers, self._activations, strict=True)
@@ -285,57 +323,15 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         if missing:
             raise DiffsalError(
                 f"layer {missing[0]!r} did not run since the last maps: call the model first, "
-                "inside the capture, and name a layer that its forward pass uses"
+                "inside the capture and in its thread, and name a layer that its forward pass uses"
             )
         return [activation for activation in self._activations if activation is not None]
-
-    def _gradients(self, score: Tensor, activations: list[Tensor]) -> list[Tensor]:
-        gradients: Sequence[Tensor | None] = [None] * len(activations)
-        if score.requires_grad:
-            try:
-                gradients = torch.autograd.grad(
-                    score,
-                    activations,
-                    torch.ones_like(score),
-                    retain_graph=True,
-                    create_graph=self._trains,
-                    allow_unused=True,
-                )
-            except RuntimeError as error:
-                if "use_reentrant" not in str(error):
-                    raise
-                raise DiffsalError(
-                    "the model recomputes its head by reentrant activation checkpointing, through "
-                    "which no map can be taken: pass use_reentrant=False to torch.utils.checkpoint"
-                ) from error
-        for layer, gradient in zip(self._layers, gradients, strict=True):
-            if gradient is None:
-                raise DiffsalError(
-                    f"no gradient flows from the scores to layer {layer.name!r}: the model's own "
-                    "forward pass turns gradients off or detaches behind it, or the layer does not "
-                    "influence the logits; name a later layer, or take the no_grad out"
-                )
-        return [gradient for gradient in gradients if gradient is not None]
 
     def _contributions(
         self, layer: TargetLayer, activation: Tensor, gradient: Tensor, scores: Contrast
     ) -> Tensor:
-        reshape = layer.reshape
-        if isinstance(reshape, Layout) and self._image is not None and activation.ndim == 3:
-            reshape = reshape.over(self._image, activation.shape[1])
-        if reshape is not None:
-            activation, gradient = reshape(activation), reshape(gradient)
-        elif looks_channels_last(activation.shape, self._image):
-            raise DiffsalError(
-                f"layer {layer.name!r} gives {tuple(activation.shape)}, which looks like channels "
-                "last: pass a reshape_transform, such as lambda x: x.movedim(-1, 1)"
-            )
-        if activation.ndim not in (4, 5) or len(activation) != len(scores.true_score):
-            raise DiffsalError(
-                f"layer {layer.name!r} gives {tuple(activation.shape)} for a batch of "
-                f"{len(scores.true_score)}: (batch, channels, height, width) is needed; name "
-                "another layer, or pass a reshape_transform"
-            )
+        batch = len(scores.true_score)
+        activation, gradient = over_space(layer, (activation, gradient), self._image, batch)
         dtype = torch.promote_types(activation.dtype, torch.float32)
         return self._weigh(activation.to(dtype), gradient.to(dtype))
 
@@ -377,17 +373,15 @@ def explaining(
     fixed_statistics: bool = True,
     outputs: Outputs | None = None,
     example: Example = None,
-) -> Iterator[capture]:
-    """:class:`capture` in evaluation mode and without gradients; the model is left as it was.
+) -> Iterator[tuple[nn.Module, capture]]:
+    """:class:`capture` without gradients, and what to run, in evaluation mode, for the model.
 
     Example:
         >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
         >>> model, images = nn.Sequential(nn.Conv2d(3, 4, 3), *head), torch.rand(5, 3, 8, 8)
-        >>> with explaining(model) as captured:
-        ...     captured.maps(model(images)).true.requires_grad, model.training
-        (False, False)
-        >>> model.training
-        True
+        >>> with explaining(model) as (run, captured):
+        ...     captured.maps(run(images)).true.requires_grad, run.training, model.training
+        (False, False, True)
     """
     captured = capture(
         model,
@@ -398,8 +392,8 @@ def explaining(
         outputs=outputs,
         example=example,
     )
-    with evaluation_mode(model), torch.no_grad(), captured:
-        yield captured
+    with evaluated(model) as run, torch.no_grad(), captured:
+        yield run, captured
 
 
 def explain(
@@ -416,6 +410,9 @@ def explain(
 ) -> SalienceMaps:
     """Maps of a batch in evaluation mode, in one forward pass; the model is left as it was.
 
+    Threads may explain one model at once, and run it meanwhile: what an explanation changes is seen
+    by no other. A model in training mode is run as a twin, see :mod:`diffsal.maps.modes`.
+
     Args:
         model: any classifier; what it returns is read by :mod:`diffsal.maps.outputs`.
         inputs: (B, C, H, W) or (B, C, D, H, W), on the model's device, of its dtype; or a tuple or
@@ -425,7 +422,8 @@ def explain(
         target_layers: see :class:`capture`, as are the rest.
 
     Raises:
-        DiffsalError: see :class:`capture` and :func:`diffsal.maps.contrast.contrast`.
+        DiffsalError: see :class:`capture`, :func:`diffsal.maps.contrast.contrast` and
+            :func:`diffsal.maps.modes.evaluated`.
 
     Example:
         >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
@@ -446,5 +444,5 @@ def explain(
         fixed_statistics=fixed_statistics,
         outputs=outputs,
         example=inputs,
-    ) as captured:
-        return captured.maps(output_logits(model(*positional, **named)), true, false)
+    ) as (run, captured):
+        return captured.maps(output_logits(run(*positional, **named)), true, false)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from diffsal.data.datasets import ImageDataset, Item
 from diffsal.errors import DiffsalError
 from diffsal.maps.contrast import class_count, predicted_class
-from diffsal.maps.modes import evaluation_mode
+from diffsal.maps.modes import evaluated
 from diffsal.maps.outputs import logits_of_run, output_logits
 from diffsal.maps.salience import capture
 from diffsal.maps.salience_maps import SalienceMaps
@@ -310,10 +310,10 @@ def _predict(model: nn.Module, batches: Iterable[Any], config: TrainingConfig) -
         for buffer in model.buffers():  # batch-norm statistics are each process's own
             dist.broadcast(buffer, 0)
     parts = []
-    with evaluation_mode(model), torch.no_grad():
+    with evaluated(model) as run, torch.no_grad():
         for images, _, _, positions in batches:
             with _autocast(device, config):
-                logits = logits_of_run(model, images.to(device, non_blocking=True)).logits
+                logits = logits_of_run(run, images.to(device, non_blocking=True)).logits
             parts.append((positions, logits.float().view(len(images), -1)))
     parts = _gathered([(positions, logits.cpu()) for positions, logits in parts])
     positions, logits = map(torch.cat, zip(*parts, strict=True))

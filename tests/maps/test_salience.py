@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffsal.maps.salience import capture, evaluation_mode, explain
+from diffsal.maps.modes import evaluated
+from diffsal.maps.salience import capture, explain
 from diffsal.maps.target_layers import TargetLayer, find_target_layer
 
 Make = Callable[..., nn.Module]
@@ -342,16 +343,16 @@ def test_a_capture_can_be_entered_again_but_not_twice_at_once(
     assert not net.features._forward_hooks
 
 
-def test_evaluation_mode_puts_every_module_back(pooled_net: Make) -> None:
+def test_what_is_evaluated_leaves_the_model_as_it_was(pooled_net: Make) -> None:
     net = in_mixed_state(pooled_net())
     before = state(net)
     net.relu = Failing(ZeroDivisionError())
     x = images()
-    with pytest.raises(ZeroDivisionError), evaluation_mode(net):
-        net(x)
+    with pytest.raises(ZeroDivisionError), evaluated(net) as run:
+        run(x)
     net.relu = nn.ReLU(inplace=True)
-    with evaluation_mode(net):
-        assert not any(module.training for module in net.modules())
+    with evaluated(net) as run:
+        assert not any(module.training for module in run.modules())
     assert state(net) == before
 
 
