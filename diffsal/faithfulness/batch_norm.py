@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffsal.errors import DiffsalError
-from diffsal.maps.modes import evaluation_mode
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -61,13 +60,13 @@ def reestimate_batch_norms(model: nn.Module, batches: Iterable[Tensor]) -> nn.Mo
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
     seen = 0
-    with evaluation_mode(copy), torch.no_grad():
-        for norm in kept:
-            norm.train()
+    for norm in kept:
+        norm.train()
+    with torch.no_grad():
         for images in batches:
             copy(images.clone())  # as a model may change its input in place
             seen += len(images)
-        copy.eval()
+    copy.eval()
     if not seen:
         raise DiffsalError("no images to take the statistics of: pass a batch or more")
     return copy
