@@ -14,8 +14,8 @@ from diffsal.data.index import Index
 from diffsal.faithfulness.composites import run_composites
 from diffsal.faithfulness.input_level import smoothgrad, smoothgrad_agreement
 from diffsal.faithfulness.localisation import energy_inside, marked_share, pointing_game
-from diffsal.faithfulness.perturbation import occlusion_drops, occlusion_faithfulness
 from diffsal.faithfulness.pasting import Regions
+from diffsal.faithfulness.perturbation import occlusion_drops, occlusion_faithfulness
 from diffsal.fooling.targets import target_distance, target_map
 from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
@@ -126,8 +126,8 @@ def composite_skills(
     the same rectangles; see :func:`diffsal.faithfulness.composites.run_composites`.
 
     Returns:
-        ``rectangles`` and ``marked``; ``None`` where the composites' margins tell nothing, and where
-        none can be made: of one image of a class, or a map of a single cell.
+        ``rectangles`` and ``marked``; ``None`` where the composites' margins tell nothing, and
+        where none can be made: of one image of a class, or a map of a single cell.
 
     Example:
         Where each cell sees one pixel, maps foretell every composite:
@@ -145,21 +145,23 @@ def composite_skills(
         >>> {kind: round(skill, 3) for kind, skill in found.items()}
         {'rectangles': 1.0, 'marked': 1.0}
     """
+    kinds: tuple[Regions, ...] = ("rectangles", "marked")
     device = next(model.parameters()).device
     labels = np.array([sample.label for sample in test.samples])
+    if np.bincount(labels, minlength=2).min() < 2:
+        return dict.fromkeys(kinds)
     chosen = [
         position
         for label in (0, 1)
         for position in _spread(np.flatnonzero(labels == label).tolist(), _PASTED)
     ]
-    kinds: tuple[Regions, ...] = ("rectangles", "marked")
     images = torch.stack([test[position][0] for position in chosen]).to(device)
     maps = [
         explain(model, part, true=1, false=0, target_layers=layer).to("cpu")
         for part in images.split(batch_size)
     ]
     difference = torch.cat([one.difference for one in maps])
-    if np.bincount(labels, minlength=2).min() < 2 or difference[0].numel() < 2:
+    if difference[0].numel() < 2:
         return dict.fromkeys(kinds)
     margin = torch.cat([one.margin for one in maps])
     of_chosen = torch.from_numpy(labels[chosen])

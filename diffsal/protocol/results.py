@@ -43,8 +43,8 @@ def read_results(out: str | Path) -> Results:
     """Read a folder that :func:`diffsal.protocol.jobs.run` writes to, finished or not.
 
     Raises:
-        DiffsalError: there are no results, or a file is damaged, of another protocol, or of a format
-            that is read no more.
+        DiffsalError: there are no results, or a file is damaged, of another protocol, or of another
+            format.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -76,10 +76,11 @@ def read_results(out: str | Path) -> Results:
             if results[-1]["hash"] != frozen["hash"]:
                 raise DiffsalError(f"{file}: is of another protocol; remove it and run again")
             version = results[-1].get("format_version", 1)
-            if version > FORMAT_VERSION or (version < FORMAT_VERSION and job.method == FOOLING):
+            oldest = FORMAT_VERSION if job.method == FOOLING else 1
+            if not oldest <= version <= FORMAT_VERSION:
                 raise DiffsalError(
-                    f"{file}: has format {version}, and this diffsal reads {FORMAT_VERSION}; remove "
-                    "it and run again"
+                    f"{file}: has format {version}, which this diffsal does not read; remove it "
+                    "and run again, or read it with the diffsal that wrote it"
                 )
     if not results:
         raise DiffsalError(f"{out}: no job is done yet; run diffsal protocol run")

@@ -43,7 +43,7 @@ def test_files_of_experiment_a_without_a_control_are_refused(done, tmp_path, ref
     set_version(methods, None)  # which are as they were
     assert len(read_results(out).jobs) == 10
     set_version(fooling, None)
-    with refused("has format 1, and this diffsal reads 2; remove it and run again"):
+    with refused("has format 1, which this diffsal does not read; remove it and run again"):
         read_results(out)
     set_version(fooling, 2)
     set_version(methods, 3)
