@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from diffsal import explain
@@ -35,6 +34,7 @@ from diffsal.faithfulness.pasting import Plan, Regions, Seams, plan_composites
 from diffsal.fooling.attack import FINE_TUNING, fine_tuned
 from diffsal.fooling.objectives import Objective
 from diffsal.fooling.targets import target_distance, target_map
+from diffsal.protocol.statistics import told_by_low
 from diffsal.system.files import replacing, write_json
 from diffsal.training.loop import auroc
 
@@ -195,8 +195,7 @@ def run_seed(folder: Path, seed: int) -> None:
 def separation(seeds: Sequence[Mapping[str, Any]], name: str, measure: str) -> float:
     """Area under the ROC curve: controls against a kind of fooled model, over the seeds."""
     control = "blank border: control" if name.startswith("blank") else "control"
-    values = [-one[kind][measure] for kind in (control, name) for one in seeds]
-    return float(roc_auc_score([0] * len(seeds) + [1] * len(seeds), values))
+    return told_by_low(*([one[kind][measure] for one in seeds] for kind in (name, control)))
 
 
 def filled(text: str, data: Mapping[str, Any]) -> str:

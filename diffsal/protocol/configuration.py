@@ -8,7 +8,7 @@ computed from these, by :mod:`diffsal.protocol.tables`.
 
 Experiment (a) of the paper, passive fooling, is one more job for each task and seed: it trains a
 model with cross-entropy, attacks it (:data:`diffsal.protocol.experiments.ATTACKS`), and measures
-the four models alike."""
+them all alike."""
 
 import hashlib
 import itertools

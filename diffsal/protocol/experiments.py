@@ -14,19 +14,29 @@ from diffsal.fooling.attack import fool
 from diffsal.maps.target_layers import get_target_layer
 from diffsal.models.checkpoints import load_model, save_checkpoint
 from diffsal.protocol.configuration import Job
-from diffsal.protocol.measures import maps_of, measured_columns, occluded_columns, typical_samples
+from diffsal.protocol.measures import (
+    composite_skills,
+    maps_of,
+    measured_columns,
+    occluded_columns,
+    typical_samples,
+)
+from diffsal.protocol.scores import CONTROL, HONEST
 from diffsal.system.devices import choose_device
 from diffsal.training.config import TrainingConfig
 from diffsal.training.loop import fit
 from diffsal.training.run import new_model, training_set
 
 ATTACKS: dict[str, dict[str, Any]] = {
+    CONTROL: {"method": "trained", "objective": "control"},
     "passively fooled": {"method": "trained", "objective": "true"},
     "head-shifted": {"method": "head-shift"},
     "adaptively fooled": {"method": "trained", "objective": "difference"},
+    "knows composites": {"method": "trained", "objective": "composite"},
 }
 """The models of experiment (a) beside the honest one, and what makes them of it: arguments of
-:func:`diffsal.fooling.attack.fool`."""
+:func:`diffsal.fooling.attack.fool`. The first is no attack but their control: the honest model,
+trained on for as long with cross-entropy alone."""
 
 
 def train_job(
@@ -96,8 +106,8 @@ def fool_job(
         As :func:`train_job`, and what Figure 1 shows.
 
     Example:
-        >>> ["honest", *ATTACKS]  # whose results there are
-        ['honest', 'passively fooled', 'head-shifted', 'adaptively fooled']
+        >>> [HONEST, *ATTACKS][:3]  # whose results there are, among others
+        ['honest', 'fine-tuned', 'passively fooled']
     """
     model, description, epochs = _trained(index, config, read)
     test = ImageDataset(index.split("test"), description["preprocessing"], read=read)
@@ -107,7 +117,7 @@ def fool_job(
     with tempfile.TemporaryDirectory() as folder:
         honest = Path(folder, "honest.pt")
         save_checkpoint(honest, model, **description)
-        for name in ("honest", *ATTACKS):
+        for name in (HONEST, *ATTACKS):
             path = honest
             if name in ATTACKS:
                 path = Path(folder, "fooled.pt")
@@ -116,7 +126,9 @@ def fool_job(
             model, layer = loaded.model.to(choose_device(config.device)), loaded.target_layer
             models[name] = measured_columns(model, layer, test, config.batch_size, with_edges=True)
             models[name] |= occluded_columns(model, layer, test)
-            pictured = pictured or typical_samples(models["honest"]["logits"], index)
+            skills = composite_skills(model, layer, test, config.batch_size)
+            models[name]["composite_skill"] = skills
+            pictured = pictured or typical_samples(models[HONEST]["logits"], index)
             models[name]["maps"] = maps_of(model, layer, test, pictured)
     pictures = [data_uri(read(test.samples[one], test.preprocessing)[0]) for one in pictured]
     return {"epochs": epochs, "models": models, "pictured": pictured, "pictures": pictures}

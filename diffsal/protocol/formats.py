@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Literal, TypeAlias
 
-from diffsal.protocol.statistics import Cell
-from diffsal.protocol.tables import P_VALUE, P_VALUE_HOLM, Table
+from diffsal.protocol.statistics import Cell, Table
+from diffsal.protocol.tables import P_VALUE, P_VALUE_HOLM
 
 Format: TypeAlias = Literal["text", "markdown", "latex", "csv", "json"]
 

@@ -24,7 +24,7 @@ from diffsal.data.index import Index
 from diffsal.errors import DiffsalError
 from diffsal.protocol.configuration import Job, Protocol, hash_of
 from diffsal.protocol.experiments import fool_job, train_job
-from diffsal.protocol.results import CONFIGURATION, read_json
+from diffsal.protocol.results import CONFIGURATION, FORMAT_VERSION, read_json
 from diffsal.protocol.scores import FOOLING
 from diffsal.system.devices import choose_device, process_rank
 from diffsal.system.files import check_writable, write_json
@@ -229,7 +229,8 @@ def _attempt(
         else:
             result = train_job(job, index, config, reads[job.task])
         seconds = time.perf_counter() - started
-        record = {"hash": identity, **_about(job, index, device), **result, "seconds": seconds}
+        about = {"hash": identity, "format_version": FORMAT_VERSION, **_about(job, index, device)}
+        record = {**about, **result, "seconds": seconds}
         write_json(out / job.file, record, indent=None)
     except Exception as error:  # the next job may well succeed
         kind = "" if isinstance(error, DiffsalError) else f"{type(error).__name__}: "

@@ -11,7 +11,10 @@ from torch.utils.data import DataLoader
 
 from diffsal.data.datasets import ImageDataset
 from diffsal.data.index import Index
+from diffsal.faithfulness.composites import run_composites
+from diffsal.faithfulness.input_level import smoothgrad, smoothgrad_agreement
 from diffsal.faithfulness.localisation import energy_inside, marked_share, pointing_game
+from diffsal.faithfulness.pasting import Regions
 from diffsal.faithfulness.perturbation import occlusion_drops, occlusion_faithfulness
 from diffsal.fooling.targets import target_distance, target_map
 from diffsal.maps.salience import explain
@@ -21,6 +24,8 @@ from diffsal.maps.target_layers import TargetLayer
 Columns: TypeAlias = dict[str, list[Any]]
 """Measure to a value for each sample; ``None``: it has none."""
 _OCCLUDED = 40  # images; each costs a forward pass for every cell of its map
+_PASTED = 60  # images of each class, and what each receives of either kind, a forward pass each
+_PER_IMAGE = 4
 
 
 def measured_columns(
@@ -72,6 +77,9 @@ def measured_columns(
 def occluded_columns(model: nn.Module, layer: TargetLayer, test: ImageDataset) -> Columns:
     """Of some samples, spread over the index: does what the maps mark move the margin?
 
+    ``occlusion_*`` asks it by occluding cells, ``smoothgrad_difference`` by gradients to the pixels
+    (:func:`diffsal.faithfulness.input_level.smoothgrad_agreement`).
+
     Example:
         Where each cell sees one pixel, what it says is what it does:
 
@@ -90,21 +98,87 @@ def occluded_columns(model: nn.Module, layer: TargetLayer, test: ImageDataset) -
         [1.0, 1.0]
     """
     device = next(model.parameters()).device
-    chosen = np.linspace(0, len(test) - 1, min(_OCCLUDED, len(test))).astype(int).tolist()
-    columns = {
-        f"occlusion_{name}": torch.full((len(test),), torch.nan) for name in ("true", "difference")
-    }
-    for position in chosen:
+    names = ("occlusion_true", "occlusion_difference", "smoothgrad_difference")
+    columns = {name: torch.full((len(test),), torch.nan) for name in names}
+    for position in _spread(range(len(test)), _OCCLUDED):
         image, label, _, _ = test[position]
-        inputs, labels = image[None], torch.tensor([label])
+        inputs, labels = image[None].to(device), torch.tensor([label]).to(device)
         maps = _explained(model, layer, inputs, labels)
-        drops = occlusion_drops(
-            model, inputs.to(device), labels.to(device), grid=maps.true.shape[1:]
-        ).cpu()
-        for name in ("true", "difference"):
-            faithful = occlusion_faithfulness(getattr(maps, name), drops)
-            columns[f"occlusion_{name}"][position] = faithful[0]
+        grid = maps.true.shape[1:]
+        drops = occlusion_drops(model, inputs, labels, grid=grid).cpu()
+        gradients = smoothgrad(model, inputs, labels, grid=grid).cpu()
+        values = (
+            occlusion_faithfulness(maps.true, drops),
+            occlusion_faithfulness(maps.difference, drops),
+            smoothgrad_agreement(maps.difference, gradients),
+        )
+        for name, value in zip(names, values, strict=True):
+            columns[name][position] = value[0]
     return {name: _column(column) for name, column in columns.items()}
+
+
+def composite_skills(
+    model: nn.Module, layer: TargetLayer, test: ImageDataset, batch_size: int
+) -> dict[str, float | None]:
+    """Composite skill of the difference map by kind of region, of some samples of each class.
+
+    All models that are given the same samples are asked about composites of the same images, and of
+    the same rectangles; see :func:`diffsal.faithfulness.composites.run_composites`.
+
+    Returns:
+        ``rectangles`` and ``marked``; ``None`` where the composites' margins tell nothing, and
+        where none can be made: of one image of a class, or a map of a single cell.
+
+    Example:
+        Where each cell sees one pixel, maps foretell every composite:
+
+        >>> from pathlib import Path
+        >>> from diffsal.data.index import Sample
+        >>> from diffsal.data.preprocessing import Preprocessing
+        >>> from diffsal.maps.target_layers import get_target_layer
+        >>> noise = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 3), np.uint8)
+        >>> read = lambda sample, _: (noise[int(sample.path.name)], None)
+        >>> samples = [Sample(Path(str(number)), number % 2) for number in range(4)]
+        >>> test = ImageDataset(samples, Preprocessing(size=(4, 4)), read=read)
+        >>> model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AvgPool2d(4), nn.Flatten()).eval()
+        >>> found = composite_skills(model, get_target_layer(model, "0"), test, batch_size=2)
+        >>> {kind: round(skill, 3) for kind, skill in found.items()}
+        {'rectangles': 1.0, 'marked': 1.0}
+    """
+    kinds: tuple[Regions, ...] = ("rectangles", "marked")
+    device = next(model.parameters()).device
+    labels = np.array([sample.label for sample in test.samples])
+    if np.bincount(labels, minlength=2).min() < 2:
+        return dict.fromkeys(kinds)
+    chosen = [
+        position
+        for label in (0, 1)
+        for position in _spread(np.flatnonzero(labels == label).tolist(), _PASTED)
+    ]
+    images = torch.stack([test[position][0] for position in chosen]).to(device)
+    maps = [
+        explain(model, part, true=1, false=0, target_layers=layer).to("cpu")
+        for part in images.split(batch_size)
+    ]
+    difference = torch.cat([one.difference for one in maps])
+    if difference[0].numel() < 2:
+        return dict.fromkeys(kinds)
+    margin = torch.cat([one.margin for one in maps])
+    of_chosen = torch.from_numpy(labels[chosen])
+    found = {
+        kind: run_composites(
+            model,
+            images,
+            difference,
+            margin,
+            of_chosen,
+            regions=kind,
+            per_image=_PER_IMAGE,
+            batch_size=batch_size,
+        ).skill
+        for kind in kinds
+    }
+    return dict(zip(found, _column(torch.tensor(list(found.values()))), strict=True))
 
 
 def typical_samples(logits: Sequence[Sequence[float]], index: Index) -> list[int]:
@@ -151,6 +225,13 @@ def maps_of(
     images, labels, _, _ = zip(*(test[position] for position in chosen), strict=True)
     maps = _explained(model, layer, torch.stack(images), torch.tensor(labels))
     return {name: _column(getattr(maps, name)) for name in ("true", "false", "difference")}
+
+
+def _spread(positions: Sequence[int], most: int) -> list[int]:
+    """At most so many of them, evenly spaced, both ends included."""
+    count = min(most, len(positions))
+    places = np.linspace(0, len(positions) - 1, count).astype(int)
+    return [positions[place] for place in places]
 
 
 def _explained(

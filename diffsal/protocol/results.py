@@ -13,6 +13,8 @@ from diffsal.protocol.scores import FOOLING, Score, aurocs
 
 CONFIGURATION = "protocol.json"
 """The file with the protocol that a folder of results is for, and its hash."""
+FORMAT_VERSION = 2
+"""Of a job's file. Files of version 1 do not name it; those of experiment (a) had no control."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def read_results(out: str | Path) -> Results:
     """Read a folder that :func:`diffsal.protocol.jobs.run` writes to, finished or not.
 
     Raises:
-        DiffsalError: there are no results, or a file is damaged or of another protocol.
+        DiffsalError: there are no results, or a file is damaged, of another protocol, or of another
+            format.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -72,6 +75,13 @@ def read_results(out: str | Path) -> Results:
             results.append(read_json(file, ("hash", "task", "method", "subset", "seed", "models")))
             if results[-1]["hash"] != frozen["hash"]:
                 raise DiffsalError(f"{file}: is of another protocol; remove it and run again")
+            version = results[-1].get("format_version", 1)
+            oldest = FORMAT_VERSION if job.method == FOOLING else 1
+            if not oldest <= version <= FORMAT_VERSION:
+                raise DiffsalError(
+                    f"{file}: has format {version}, which this diffsal does not read; remove it "
+                    "and run again, or read it with the diffsal that wrote it"
+                )
     if not results:
         raise DiffsalError(f"{out}: no job is done yet; run diffsal protocol run")
     return Results(protocol, frozen["hash"], tuple(results), len(planned) - len(results))

@@ -22,6 +22,9 @@ ByMethod: TypeAlias = Mapping[str, Mapping[str, BySeed]]
 
 FOOLING = "fooling"
 """Stands where the method's name does in a job of experiment (a)."""
+HONEST, CONTROL = "honest", "fine-tuned"
+"""The models of experiment (a) that are not fooled. The control is the honest one, trained on for
+as long as the attacks are and without a target, since training changes maps anyway."""
 _IN_SET = "in set"
 
 

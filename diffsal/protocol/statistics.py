@@ -1,4 +1,4 @@
-"""Means, spreads and paired differences over seeds and subsets."""
+"""Means, spreads and paired differences over seeds and subsets, and the tables they stand in."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 BySeed: TypeAlias = dict[int, float]
 """Seed to a number of the model that was trained from it."""
@@ -37,6 +38,36 @@ class Estimate:
 
 Cell: TypeAlias = Estimate | None
 """Of a table; ``None``: there is no such number."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of numbers.
+
+    Attributes:
+        name: what it holds: ``overall``, ``subsets``, ``differences``, ``maps``,
+            ``map-differences``, ``seeds``, and of experiment (a) ``fooling``,
+            ``fooling-differences``, ``fooling-tests``, ``fooling-test-differences`` or
+            ``fooling-told``.
+        task: whose; ``""``: of all.
+        title: for people.
+        note: what the numbers and their spreads are.
+        columns: names.
+        rows: name and cells; ``None``: there is no such number.
+
+    Example:
+        >>> row = ("baseline, crack", (Estimate(0.75), None))
+        >>> table = Table("seeds", "tiles", "AUROC", "One each.", ("seed 0", "seed 1"), (row,))
+        >>> dict(table.rows)["baseline, crack"][0].value
+        0.75
+    """
+
+    name: str
+    task: str
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
 
 def mean_over_seeds(values: Sequence[float]) -> Cell:
@@ -113,6 +144,19 @@ def wilcoxon(values: Mapping[int, float], baseline: Mapping[int, float]) -> floa
     if len(differences) < 2:
         return None
     return float(stats.wilcoxon(differences).pvalue) if np.any(differences) else 1.0
+
+
+def told_by_low(values: Sequence[float], control: Sequence[float]) -> float:
+    """AUROC, over models, of a low value for telling them from their controls.
+
+    1: each is below every control; 0.5: told by chance; 0: each is above.
+
+    Example:
+        >>> told_by_low([-0.5, 0.2], control=[0.1, 0.7])
+        0.75
+    """
+    is_fooled = [0] * len(control) + [1] * len(values)
+    return float(roc_auc_score(is_fooled, [-one for one in (*control, *values)]))
 
 
 def _differences(values: Mapping[int, float], baseline: Mapping[int, float]) -> NDArray[np.float64]:

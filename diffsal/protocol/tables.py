@@ -13,15 +13,13 @@ kinds of spread are told apart, and named in every table:
 """
 
 import itertools
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from diffsal.errors import DiffsalError
+from diffsal.protocol.fooling_tables import fooling_tables
 from diffsal.protocol.scores import (
     FOOLING,
     ByMethod,
@@ -29,13 +27,13 @@ from diffsal.protocol.scores import (
     Score,
     aurocs,
     mean_of_subsets,
-    scores_of,
     tested_groups,
 )
 from diffsal.protocol.statistics import (
     BySeed,
     Cell,
     Estimate,
+    Table,
     holm,
     mean_known,
     mean_over_seeds,
@@ -55,41 +53,6 @@ _MAP_MEASURES = {
     "marked_share": "chance",
     "common_mode_share": "common-mode share",
 }
-_FOOLING_MEASURES = {
-    "edges_true": "true → edges",
-    "edges_difference": "difference → edges",
-    "common_mode_share": "common-mode share",
-    "occlusion_true": "faithfulness, true",
-    "occlusion_difference": "faithfulness, difference",
-}
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of numbers.
-
-    Attributes:
-        name: what it holds: ``overall``, ``subsets``, ``differences``, ``maps``,
-            ``map-differences``, ``fooling``, ``fooling-differences`` or ``seeds``.
-        task: whose; ``""``: of all.
-        title: for people.
-        note: what the numbers and their spreads are.
-        columns: names.
-        rows: name and cells; ``None``: there is no such number.
-
-    Example:
-        >>> row = ("baseline, crack", (Estimate(0.75), None))
-        >>> table = Table("seeds", "tiles", "AUROC", "One each.", ("seed 0", "seed 1"), (row,))
-        >>> dict(table.rows)["baseline, crack"][0].value
-        0.75
-    """
-
-    name: str
-    task: str
-    title: str
-    note: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
 
 def make_tables(
@@ -146,7 +109,7 @@ def make_tables(
             tables.append(_differences_table(task, areas[task], baseline))
             tables += _maps_tables(task, areas[task], of_task, baseline)
         if fooled:
-            tables += _fooling_tables(task, fooled)
+            tables += fooling_tables(task, fooled)
         if task in areas:
             tables.append(_seeds_table(task, areas[task], protocol["seeds"]))
     return tables
@@ -286,68 +249,6 @@ def _map_measure(
                 if mean is not None:
                     by_subset[subset][job["seed"]] = mean
     return mean_of_subsets(by_subset)
-
-
-def _fooling_tables(task: str, jobs: Sequence[JobContent]) -> list[Table]:
-    found: dict[str, dict[str, BySeed]] = {}
-    for name in jobs[0]["models"]:
-        found[name] = defaultdict(dict)
-        for job in jobs:
-            for measure, value in _fooled(job, name).items():
-                if value is not None:
-                    found[name][measure][job["seed"]] = value
-    compared = {"AUROC": "AUROC", **_FOOLING_MEASURES}
-    columns = {**compared, "told": "told by share", "change": "change"}
-    means = [
-        (name, tuple(_over_seeds(by[measure]) for measure in columns)) for name, by in found.items()
-    ]
-    differences = [
-        (name, tuple(paired_difference(by[one], found["honest"][one]) for one in compared))
-        for name, by in found.items()
-        if name != "honest"
-    ]
-    return [
-        Table(
-            "fooling",
-            task,
-            f"{task}: honest and fooled models (experiment (a))",
-            "Mean ± sample standard deviation over seeds. → edges: mean squared distance of the "
-            "normalised map to a frame along the edges. Faithfulness: rank correlation of a map "
-            "with the margin's drop when each cell is occluded. Told by share: AUROC, over images, "
-            "of the common-mode share for telling the model from the honest one. Change: largest "
-            "of any tested sample's probability.",
-            tuple(columns.values()),
-            tuple(means),
-        ),
-        Table(
-            "fooling-differences",
-            task,
-            f"{task}: fooled models less the honest one, paired by seed",
-            "Mean and Student's 95 % interval over seeds, on the same test images; not corrected "
-            "for the number of comparisons.",
-            tuple(compared.values()),
-            tuple(differences),
-        ),
-    ]
-
-
-def _fooled(job: JobContent, name: str) -> dict[str, float | None]:
-    """A model's numbers in one job."""
-    labels, model, honest = job["samples"]["label"], job["models"][name], job["models"]["honest"]
-    numbers = {"AUROC": float(roc_auc_score(labels, scores_of(model["logits"], "margin")))}
-    means = {measure: mean_known(model[measure]) for measure in _FOOLING_MEASURES}
-    if model is honest:
-        return {**numbers, **means, "told": None, "change": None}
-    before, after = (scores_of(one["logits"], "softmax") for one in (honest, model))
-    shares = [
-        [share for share in one["common_mode_share"] if share is not None]
-        for one in (honest, model)
-    ]
-    told = None
-    if all(shares):
-        is_fooled = [0] * len(shares[0]) + [1] * len(shares[1])
-        told = float(roc_auc_score(is_fooled, [*shares[0], *shares[1]]))
-    return {**numbers, **means, "told": told, "change": float(np.abs(after - before).max())}
 
 
 def _seeds_table(task: str, areas: ByMethod, seeds: Sequence[int]) -> Table:

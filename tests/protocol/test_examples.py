@@ -20,6 +20,7 @@ ATTACKS = (
 )
 GENERATORS = ("StarGAN", "ProGAN", "StyleGAN", "StyleGAN2", "StyleGAN3", "StyleGAN2-ADA")
 DEFECTS = ("blowhole", "break", "crack", "fray", "uneven")
+ANGLES = tuple(f"angle-{degrees:03}" for degrees in (0, 45, 90, 180, 225, 270, 315))
 
 
 @pytest.fixture(scope="module")
@@ -117,23 +118,63 @@ def test_the_papers_three_tasks(tmp_path):
     assert len(iris.split("test")) == 2  # a real iris and a diseased one, both of its test
 
 
+def read_fine_tuned(folder, name, data, rows):
+    """A protocol that starts from weights, and whose index names no splits."""
+    shutil.copy(EXAMPLES / f"{name}.toml", folder)
+    (folder / "lite0").mkdir()
+    torch.save({}, folder / "lite0" / "weights.pt")
+    index = folder / data / "index.csv"
+    write_index(index, rows)
+    lines = [line.rpartition(",")[0] for line in index.read_text("utf-8").splitlines()]
+    index.write_text("\n".join(lines), "utf-8")  # without the column split
+    return read_protocol(folder / f"{name}.toml")
+
+
 @pytest.mark.parametrize(
     ("name", "size", "epochs"), [("magnetic-tile", 224, 40), ("magnetic-tile-small", 128, 12)]
 )
 def test_magnetic_tile_is_the_full_grid(tmp_path, name, size, epochs):
-    shutil.copy(EXAMPLES / f"{name}.toml", tmp_path)
-    (tmp_path / "lite0").mkdir()
-    torch.save({}, tmp_path / "lite0" / "weights.pt")
     rows = [("normal", "", "", f"n{number // 2}") for number in range(40)]
     rows += [("defect", one, "", f"{one}{n // 2}") for one in DEFECTS for n in range(20)]
-    write_index(tmp_path / "magnetic-tile" / "index.csv", rows)
-    text = (tmp_path / "magnetic-tile" / "index.csv").read_text("utf-8")
-    lines = [line.rpartition(",")[0] for line in text.splitlines()]  # without the column split
-    (tmp_path / "magnetic-tile" / "index.csv").write_text("\n".join(lines), "utf-8")
-    protocol = read_protocol(tmp_path / f"{name}.toml")
+    protocol = read_fine_tuned(tmp_path, name, "magnetic-tile", rows)
     assert len([job for job in protocol.jobs() if job.method != "fooling"]) == 6 * 5 * 10
     training = protocol.training(protocol.jobs()[-1])
     assert (training.size, training.epochs, training.batch_size) == (size, epochs, 32)
     assert (training.lr, training.momentum, training.weight_decay) == (0.02, 0.9, 1e-4)
     assert training.schedule == "cosine"
     assert training.augment == ("horizontal-flip", "vertical-flip")
+
+
+@pytest.fixture
+def places():
+    """Ten places photographed four times, each worn in the end; others once, worn or not."""
+    rows = [
+        ("pitting" if time > 1 else "intact", ANGLES[n % 7] if time > 1 else "", "", f"place{n}")
+        for n, time in itertools.product(range(10), range(4))
+    ]
+    rows += [("intact", "", "", f"n{number}") for number in range(20)]
+    return rows + [("pitting", "other-screw", "", f"o{number}") for number in range(20)]
+
+
+def test_ball_screw_leaves_each_place_out(tmp_path, places):
+    protocol = read_fine_tuned(tmp_path, "ball-screw", "ball-screw", places)
+    assert len(protocol.jobs()) == 10 * (6 * (len(ANGLES) + 1) + 1)
+    training = protocol.training(protocol.jobs()[-1])
+    assert (training.size, training.epochs, training.amp) == (224, 40, "bf16")
+    assert training.pool == "max"
+    for subset in (*ANGLES, "other-screw"):
+        index = protocol.task("ball-screw").split(subset)
+        tested = {sample.group for sample in index.split("test")}
+        assert tested.isdisjoint(sample.group for sample in index.split("train"))
+
+
+def test_a_fifth_of_ball_screw_small_is_experiment_a(tmp_path, places):
+    """As the file says of its first command."""
+    protocol = read_fine_tuned(tmp_path, "ball-screw-small", "ball-screw", places)
+    jobs = protocol.jobs()
+    assert len(jobs) == 3 * 5
+    assert {job.method for job in jobs[::5]} == {"fooling"}
+    assert "fooling" not in {job.method for job in set(jobs) - {*jobs[::5]}}
+    training = protocol.training(jobs[-1])
+    assert (training.size, training.epochs, training.pool) == (160, 6, "max")
+    assert protocol.fooling.epochs == 4

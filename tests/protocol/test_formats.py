@@ -7,8 +7,7 @@ import json
 import pytest
 
 from diffsal.protocol.formats import FORMATS, written
-from diffsal.protocol.statistics import Estimate
-from diffsal.protocol.tables import Table
+from diffsal.protocol.statistics import Estimate, Table
 
 
 def cells(table):

@@ -33,6 +33,32 @@ def test_unfinished_results_are_read_and_say_so(tmp_path, grid, refused):
         read_results(tmp_path)
 
 
+def test_files_of_experiment_a_without_a_control_are_refused(done, tmp_path, refused):
+    out = tmp_path / "copy"
+    shutil.copytree(done, out, ignore=shutil.ignore_patterns("cache", "plots"))
+    methods, fooling = (
+        out / "jobs" / name
+        for name in ("tiles--contrast--dot--seed0.json", "tiles--fooling--in-set--seed0.json")
+    )
+    set_version(methods, None)  # which are as they were
+    assert len(read_results(out).jobs) == 10
+    set_version(fooling, None)
+    with refused("has format 1, which this diffsal does not read; remove it and run again"):
+        read_results(out)
+    set_version(fooling, 2)
+    set_version(methods, 3)
+    with refused("has format 3"):
+        read_results(out)
+
+
+def set_version(file, version):
+    content = json.loads(file.read_text("utf-8"))
+    content["format_version"] = version
+    if version is None:
+        del content["format_version"]
+    file.write_text(json.dumps(content), "utf-8")
+
+
 def test_the_table_command_prints_every_format_and_draws(done):
     invoke = CliRunner().invoke
     for form in ("text", "markdown", "latex", "csv", "json"):

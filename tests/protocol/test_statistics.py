@@ -13,6 +13,7 @@ from diffsal.protocol.statistics import (
     mean_over_seeds,
     mean_over_subsets,
     paired_difference,
+    told_by_low,
 )
 
 TASKS = ("iris", "face")
@@ -57,3 +58,10 @@ def test_differences_use_the_seeds_that_both_have():
     found = paired_difference({0: 0.9, 1: 0.8, 2: 0.1}, {0: 0.5, 1: 0.6, 7: 0.0})
     assert found.count == 2
     assert found.value == pytest.approx(0.3)
+
+
+def test_told_by_low_counts_pairs():
+    """As the share of pairs in which the control is higher; of equals, half."""
+    assert told_by_low([0.0, 1.0], [2.0, 3.0, 4.0]) == 1
+    assert told_by_low([5.0], [2.0, 3.0]) == 0
+    assert told_by_low([1.0, 2.0], [2.0, 3.0]) == 3.5 / 4

@@ -17,7 +17,6 @@ MEASURES = (
     *("pointing_true", "pointing_difference", "energy_true", "energy_difference"),
     *("marked_share", "common_mode_share"),
 )
-FOOLED = ("honest", "passively fooled", "head-shifted", "adaptively fooled")
 
 
 def cells(table):
@@ -63,7 +62,8 @@ def close(cell, value, std=None):
 def test_all_tables_are_there_once(tables):
     assert list(tables) == [
         *("overall", "subsets", "differences", "maps", "map-differences"),
-        *("fooling", "fooling-differences", "seeds"),
+        *("fooling", "fooling-differences", "fooling-tests", "fooling-test-differences"),
+        *("fooling-told", "seeds"),
     ]
 
 
@@ -157,61 +157,6 @@ def test_maps(tables, jobs):
             assert math.isclose(first.high - first.low, 2 * half, rel_tol=1e-9)
         elif method == "cross-entropy":
             of_cross_entropy[measure] = means
-
-
-def test_fooling(tables, jobs):
-    found = cells(tables["fooling"])
-    fooled = [one for one in jobs if one["method"] == "fooling"]
-    for name in FOOLED:
-        areas = [area(one["samples"]["label"], margin_of(one, name)) for one in fooled]
-        close(found[name, "AUROC"], np.mean(areas), np.std(areas, ddof=1))
-        for measure, column in (
-            ("edges_true", "true → edges"),
-            ("edges_difference", "difference → edges"),
-            ("common_mode_share", "common-mode share"),
-            ("occlusion_true", "faithfulness, true"),
-            ("occlusion_difference", "faithfulness, difference"),
-        ):
-            means = [np.nanmean(np.array(one["models"][name][measure], float)) for one in fooled]
-            close(found[name, column], np.mean(means), np.std(means, ddof=1))
-        if name == "honest":
-            assert found[name, "told by share"] is None
-            assert found[name, "change"] is None
-            continue
-        told, changes = [], []
-        for one in fooled:
-            pair = [
-                [value for value in one["models"][which]["common_mode_share"] if value is not None]
-                for which in ("honest", name)
-            ]
-            told.append(area([0] * len(pair[0]) + [1] * len(pair[1]), [*pair[0], *pair[1]]))
-            logits = [np.array(one["models"][which]["logits"]) for which in ("honest", name)]
-            shares = [np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in logits]
-            changes.append(np.abs(shares[1] - shares[0]).max())
-        close(found[name, "told by share"], np.mean(told), np.std(told, ddof=1))
-        close(found[name, "change"], np.mean(changes), np.std(changes, ddof=1))
-
-
-def test_fooled_models_are_paired_with_the_honest_one(tables, jobs):
-    found = cells(tables["fooling-differences"])
-    assert {name for name, _ in found} == set(FOOLED[1:])
-    fooled = [one for one in jobs if one["method"] == "fooling"]
-    for name in FOOLED[1:]:
-        differences = [
-            np.nanmean(np.array(one["models"][name]["edges_true"], float))
-            - np.nanmean(np.array(one["models"]["honest"]["edges_true"], float))
-            for one in fooled
-        ]
-        cell = found[name, "true → edges"]
-        close(cell, np.mean(differences))
-        half = stats.t.ppf(0.975, len(SEEDS) - 1) * stats.sem(differences)
-        assert math.isclose(cell.high - cell.low, 2 * half, rel_tol=1e-9)
-        areas = [
-            area(one["samples"]["label"], margin_of(one, name))
-            - area(one["samples"]["label"], margin_of(one, "honest"))
-            for one in fooled
-        ]
-        close(found[name, "AUROC"], np.mean(areas))
 
 
 def test_an_unfinished_method_is_not_compared_by_other_subsets(protocol, jobs):
