@@ -176,5 +176,5 @@ def test_a_fifth_of_ball_screw_small_is_experiment_a(tmp_path, places):
     assert {job.method for job in jobs[::5]} == {"fooling"}
     assert "fooling" not in {job.method for job in set(jobs) - {*jobs[::5]}}
     training = protocol.training(jobs[-1])
-    assert (training.size, training.epochs, training.pool) == (160, 6, "max")
+    assert (training.size, training.epochs, training.pool) == (128, 6, "max")
     assert protocol.fooling.epochs == 4
