@@ -12,7 +12,7 @@ demo: $(VENV)/run-time  ## Train a small network on digits and explain one
 	$(BIN)/diffsal demo
 
 test: lint types  ## ruff, mypy, pytest (docstrings' examples included)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed  ## ruff
 	$(BIN)/ruff check .
