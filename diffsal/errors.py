@@ -16,4 +16,4 @@ def some_of(names: Iterable[str]) -> str:
     """The first three of some names, and how many there are."""
     names = list(names)
     more = f", … ({len(names)} in all)" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    return ", ".join(name if len(name) <= 80 else f"{name[:79]}…" for name in names[:3]) + more
