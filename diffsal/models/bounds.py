@@ -261,11 +261,11 @@ _BY_SIZE = (_aten.empty.memory_format, _aten.zeros.default, _aten.ones.default)
 _OF_ONE = (_aten.detach.default, _aten.lift_fresh.default)
 
 
-class _Budget(TorchDispatchMode):  # type: ignore[misc]
+class _Budget(TorchDispatchMode):
     """Counts what is made before it is made, on the meta device, which has no memory."""
 
     def __init__(self, elements: int, tensors: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements, self.tensors = elements, tensors
 
     def __torch_dispatch__(
@@ -285,7 +285,7 @@ class _Budget(TorchDispatchMode):  # type: ignore[misc]
     def _made(self, func: Any, args: Any, kwargs: dict[str, Any]) -> int | None:
         """How many elements a new tensor will have; None where there is none, or who knows."""
         if func in _BY_SIZE:  # most are, and what follows takes longer
-            return math.prod(args[0])
+            return int(math.prod(args[0]))
         to_meta = str(kwargs.get("device")) == "meta"
         if to_meta or func in _OF_ONE or func.is_view or func._schema.is_mutable:
             return None
