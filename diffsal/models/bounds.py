@@ -118,7 +118,7 @@ def check_plain(name: str, value: Any) -> None:
 
     Args:
         name: of the entry, for the message.
-        value: numbers, strings, booleans, None, and lists, tuples and dicts of these.
+        value: numbers, strings, booleans, None, lists and tuples of these, and dicts under names.
 
     Raises:
         DiffsalError: it is something else, or more than 200,000 values, 32 levels deep.
@@ -133,13 +133,16 @@ def check_plain(name: str, value: Any) -> None:
     while ahead:
         one, depth = ahead.pop()
         left -= 1
+        inside: list[Any] = []
         problem = ""
         if isinstance(one, dict):
             inside = [*one, *one.values()]
+            problem = (
+                "" if all(isinstance(key, str) for key in one) else "has a key that is no text"
+            )
         elif isinstance(one, list | tuple):
             inside = list(one)
         else:
-            inside = []
             problem = _not_plain(one)
         left -= len(one) // _LONGEST if isinstance(one, str) else 0
         if left < len(ahead) + len(inside) or depth > _DEEPEST:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from diffsal.errors import DiffsalError
+from diffsal.errors import DiffsalError, one_line
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -80,6 +80,12 @@ def check_writable(folder: Path) -> None:
     Raises:
         DiffsalError: they cannot.
     """
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # a name that cannot be
+        raise DiffsalError(f"{folder}: {one_line(error)[:80]}; name another --out") from error
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise DiffsalError(f"{folder}: no folder that can be written to; name another --out")
