@@ -20,6 +20,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 # Nothing else that Pillow knows is opened: some of its readers start other programs.
+_12_BITS = 4_095  # in a file of 16, which some devices write
+_NEARLY_BLACK = "The image uses 4096 of 65536 levels of grey and is seen nearly black."
 _BAND = 1 << 20  # pixels
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 
@@ -99,18 +101,34 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         ...     read_image(Path(folder, "a.png")).shape
         (2, 3, 3)
     """
+    return read_image_with_notes(path)[0]
+
+
+def read_image_with_notes(path: Path) -> tuple[NDArray[np.uint8], list[str]]:
+    """What `read_image` reads, and a sentence where it is nearly black for want of a scale.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.fromarray(np.full((2, 3), 4095, np.uint16)).save(Path(folder, "a.png"))
+        ...     read_image_with_notes(Path(folder, "a.png"))[1]
+        ['The image uses 4096 of 65536 levels of grey and is seen nearly black.']
+    """
     with _opened(path) as stream:
         magic = stream.read(132)[128:]
         stream.seek(0)
         if magic == b"DICM":
-            return _read_dicom(stream)
+            return _read_dicom(stream), []
         image = _decode(stream)
         deep = _deep_grey(image)
         if deep is not None:
-            return np.repeat(_to_8_bit(deep)[..., None], 3, axis=-1)
+            pixels = np.repeat(_to_8_bit(deep)[..., None], 3, axis=-1)
+            brightest = round(float(deep.max()) * 65_535)
+            is_dark = image.mode != "F" and 0 < brightest <= _12_BITS
+            return pixels, [_NEARLY_BLACK] if is_dark else []
         # By way of RGBA where there is transparency, else Pillow warns of palettes.
         opaque = image.convert("RGBA") if image.has_transparency_data else image
-        return _rgb(opaque)
+        return _rgb(opaque), []
 
 
 def read_map(path: Path) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffsal import __version__
-from diffsal.data.images import read_image
+from diffsal.data.images import read_image_with_notes
 from diffsal.data.index import class_position
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
@@ -180,14 +180,16 @@ class _Prepared:
     image: NDArray[np.uint8]
     size: tuple[int, int]
     tensor: Tensor
+    notes: list[str]
 
 
 def _prepare(settings: Settings, path: Path) -> _Prepared | DiffsalError:
     """What is held of an image; an error is a value, as others go on."""
     try:
-        image = read_image(path)
+        image, notes = read_image_with_notes(path)
         shown = image if settings.outputs.overlays else reduced(image)
-        return _Prepared(shown, (image.shape[0], image.shape[1]), settings.preprocessing(image))
+        size = (image.shape[0], image.shape[1])
+        return _Prepared(shown, size, settings.preprocessing(image), notes)
     except DiffsalError as error:
         return error
 
@@ -202,7 +204,7 @@ def _drafts(
     maps = _maps(torch.stack([one.tensor for *_, one in readable]), loaded, settings)
     names = class_names(settings.classes, class_count(maps.logits))
     for index, (path, stem, one) in enumerate(readable):
-        told = (maps[index], names, settings.preprocessing)
+        told = (maps[index], names, settings.preprocessing, one.notes)
         yield draft(path, stem, one.image, one.size, *told)
 
 

@@ -59,6 +59,7 @@ def draft(
     maps: SalienceMaps,
     names: Sequence[str],
     preprocessing: Preprocessing,
+    notes: Sequence[str] = (),
 ) -> Draft:
     """What is told of one image.
 
@@ -70,10 +71,12 @@ def draft(
         maps: a batch of one, on the CPU.
         names: one per class.
         preprocessing: what made the model's input of the image.
+        notes: sentences on the image itself, told before those on its maps.
     """
     raw = torch.cat([getattr(maps, name) for name in _MAPS])
     drawn = preprocessing.place(raw, drawn_size(*size), is_coarse(maps.true.shape))
     told = {"path": str(path)} | _decision(maps, names)
+    told["caveats"] = [*notes, *told["caveats"]]
     record = {name: None if value != value else value for name, value in told.items()}  # NaN
     explanation = replace(_explanation(path.name, image, drawn, maps, told), size=size)
     arrays = dict(zip(_MAPS, raw.numpy(), strict=True))

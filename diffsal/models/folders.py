@@ -61,8 +61,12 @@ def _told_by_timm(config: dict[str, Any]) -> dict[str, Any]:
     match config:
         case {
             "architecture": str(name),
-            "pretrained_cfg": {"input_size": [_, height, width], "mean": mean, "std": std} as cfg,
-        }:
+            "pretrained_cfg": {
+                "input_size": [_, height, width],
+                "mean": list(mean),
+                "std": list(std),
+            } as cfg,
+        } if isinstance(config.get("model_args") or {}, dict):
             outputs = config.get("num_classes", cfg.get("num_classes"))
             counted = {} if outputs is None else {"num_classes": outputs}
             names = config.get("label_names") or cfg.get("label_names")
@@ -75,7 +79,9 @@ def _told_by_timm(config: dict[str, Any]) -> dict[str, Any]:
                 "preprocessing": preprocessing,
                 "notes": notes,
             }
-    raise DiffsalError(f"its {_CONFIG} lacks input_size, mean or std: save it anew with timm")
+    raise DiffsalError(
+        f"its {_CONFIG} lacks input_size, mean or std, or has wrong ones: save it anew with timm"
+    )
 
 
 def _read_by_transformers(path: Path) -> dict[str, Any]:
@@ -93,7 +99,11 @@ def _read_by_transformers(path: Path) -> dict[str, Any]:
         raise DiffsalError(f"lacks weights ({some_of(missing)}): save the whole classifier there")
     arguments = json.loads(config.to_json_string(use_diff=True))
     names = tuple(str(config.id2label[output]) for output in range(config.num_labels))
-    preprocessing, notes = _of_processor(path / "preprocessor_config.json")
+    processor = path / "preprocessor_config.json"
+    try:
+        preprocessing, notes = _of_processor(processor)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise DiffsalError(f"{processor.name} has wrong values: {one_line(error)}") from error
     return {
         "state": model.state_dict(),
         "architecture": f"transformers:{arguments.pop('model_type')}",

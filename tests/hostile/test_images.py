@@ -137,3 +137,16 @@ def test_classes_that_are_no_numbers(tmp_path: Path, own_file: Callable[..., Pat
     settings = Settings(**{**vars(SETTINGS), "true": "9" * 5_000})
     with pytest.raises(DiffsalError, match="no class is called"):
         explain_images([tmp_path / "a.png"], load_model(own_file()), tmp_path / "out", settings)
+
+
+def test_12_bits_in_16_are_noted(tmp_path: Path, own_file: Callable[..., Path]) -> None:
+    for most in (4_095, 4_096):
+        Image.fromarray(np.full((8, 8), most, np.uint16)).save(tmp_path / f"{most}.png")
+    manifest = explain_images(
+        [tmp_path / f"{most}.png" for most in (4_095, 4_096)],
+        load_model(own_file()),
+        tmp_path / "out",
+        SETTINGS,
+    )
+    noted = [" ".join(record["caveats"]).count("nearly black") for record in manifest["images"]]
+    assert noted == [1, 0]

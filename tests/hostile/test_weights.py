@@ -1,5 +1,6 @@
 """Weights files that cost far more than they are, or that are no numbers."""
 
+import json
 import os
 import pickle
 import socket
@@ -226,12 +227,36 @@ def test_a_path_that_is_too_long(tmp_path: Path, refused: Refused) -> None:
         load_model(tmp_path / ("a" * 300))
 
 
-def test_what_is_large_and_whole_still_loads(tmp_path: Path) -> None:
-    """Bounds are for what is not in the file: three layers that share one tensor are."""
-    state = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Linear(64, 2)).state_dict()
-    assert load_model(saved(tmp_path / "a.pt", state), arch="hostile.test_weights:small").model
+def test_tensors_that_share_memory_still_load(tmp_path: Path) -> None:
+    """Bounds are for what is not in the file; a thousand zeros that are one are too few to matter."""
+    state = small().state_dict() | {"0.bias": torch.zeros(()).expand(64)}
+    path = saved(tmp_path / "a.pt", state)
+    loaded = load_model(path, arch="hostile.test_weights:small")
+    assert torch.equal(loaded.model.get_parameter("0.bias"), torch.zeros(64))
 
 
 def small() -> nn.Module:
-    """A network whose last layer shares its weight with nothing."""
+    """A factory's network."""
     return nn.Sequential(nn.Conv2d(3, 64, 3), nn.Linear(64, 2))
+
+
+@pytest.mark.parametrize(
+    ("file", "told", "pattern"),
+    [
+        ("config.json", {"model_args": 3}, "wrong ones"),
+        (
+            "config.json",
+            {"pretrained_cfg": {"input_size": [3, 8, 8], "mean": 1, "std": 1}},
+            "wrong",
+        ),
+    ],
+)
+def test_configurations_of_wrong_values(
+    file: str, told: dict[str, object], pattern: str, tmp_path: Path, refused: Refused
+) -> None:
+    cfg = {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3}
+    whole = {"architecture": "resnet18", "pretrained_cfg": cfg}
+    (tmp_path / file).write_text(json.dumps(whole | told))
+    saved(tmp_path / "pytorch_model.bin", {"fc.weight": torch.ones(2, 512)})
+    with refused(pattern):
+        load_model(tmp_path)
