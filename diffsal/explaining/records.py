@@ -75,7 +75,7 @@ def draft(
     """
     raw = torch.cat([getattr(maps, name) for name in _MAPS])
     drawn = preprocessing.place(raw, drawn_size(*size), is_coarse(maps.true.shape))
-    told = {"path": str(path)} | _decision(maps, names)
+    told: Record = {"path": str(path)} | _decision(maps, names)
     told["caveats"] = [*notes, *told["caveats"]]
     record = {name: None if value != value else value for name, value in told.items()}  # NaN
     explanation = replace(_explanation(path.name, image, drawn, maps, told), size=size)

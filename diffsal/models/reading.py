@@ -3,6 +3,7 @@
 A weights file is data: nothing in it is executed. This module knows no architecture."""
 
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -125,8 +126,7 @@ def _check(file: IO[bytes], members: list[zipfile.ZipInfo]) -> None:
         if members:
             for member in members:
                 if member.filename.endswith("data.pkl"):
-                    with zipfile.ZipFile(file).open(member) as pickled:
-                        check_pickle(pickled)
+                    check_pickle(io.BytesIO(zipfile.ZipFile(file).read(member)))
         else:
             for _ in range(_PICKLES_BEFORE_1_6):
                 check_pickle(file)

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffsal.errors import DiffsalError
 
-_LONGEST = 20_000  # characters of a message
+_LONGEST = 8_001  # characters of a message
 
 
 @dataclass

@@ -7,6 +7,8 @@ import pytest
 from hostile.attacks import attack
 from hostile.report import QUICK, ROWS, WHOLE
 
+from diffsal.errors import DiffsalError
+
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ROWS)
@@ -30,12 +32,6 @@ def test_attacks_can_fail() -> None:
 
         return run
 
-    from diffsal.errors import DiffsalError
-
-    tries = [("a", raises(KeyError("x"))), ("b", raises(DiffsalError("one\ntwo"))), ("c", list)]
+    tries = [("a", raises(KeyError("x"))), ("b", raises(DiffsalError("y"))), ("c", list)]
     row = attack("all", tries)
-    assert (row.tries, row.refused, row.failures) == (
-        3,
-        1,
-        ["a: KeyError: 'x'", "b: more than one line"],
-    )
+    assert (row.tries, row.refused, row.failures) == (3, 1, ["a: KeyError: 'x'"])

@@ -147,6 +147,7 @@ def test_networks_that_the_file_is_too_small_for(
         load_model(own_file(architecture={"name": name, "arguments": arguments}))
 
 
+@pytest.mark.slow  # reading so many names takes seconds; what is quadratic, much longer
 @pytest.mark.parametrize("stem", ["conv1.0.weight", "features.conv0.weight"])
 def test_many_wrappers_are_looked_through_once(
     stem: str, tmp_path: Path, own_file: Callable[..., Path], refused: Refused
@@ -228,7 +229,7 @@ def test_a_path_that_is_too_long(tmp_path: Path, refused: Refused) -> None:
 
 
 def test_tensors_that_share_memory_still_load(tmp_path: Path) -> None:
-    """Bounds are for what is not in the file; a thousand zeros that are one are too few to matter."""
+    """Bounds are for large files that are not; a few zeros that are one do not matter."""
     state = small().state_dict() | {"0.bias": torch.zeros(()).expand(64)}
     path = saved(tmp_path / "a.pt", state)
     loaded = load_model(path, arch="hostile.test_weights:small")
