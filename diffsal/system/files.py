@@ -82,8 +82,8 @@ def check_writable(folder: Path) -> None:
     """
     try:
         folder.stat()
-    except FileNotFoundError:
-        pass
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # told below
     except (OSError, ValueError) as error:  # a name that cannot be
         raise DiffsalError(f"{folder}: {one_line(error)[:80]}; name another --out") from error
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
