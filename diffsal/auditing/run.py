@@ -9,7 +9,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def audit(
         (folder / _REFERENCE_ROWS).unlink(missing_ok=True)
     write_json(folder / "audit.json", document)
     with replacing(folder / "report.html") as path:
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return document
 
 
@@ -165,8 +165,13 @@ def _settings_facts(settings: Settings, measured: Measured) -> dict[str, Any]:
     }
 
 
+def _opened(path: Path) -> TextIO:
+    """For a CSV; what is no UTF-8 in a file's name is written as an escape."""
+    return path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
+
+
 def _write_rows(path: Path, rows: list[Row]) -> None:
-    with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as scratch, _opened(scratch) as file:
         writer = csv.DictWriter(file, ["path", "label", "predicted", *COLUMNS], restval="")
         writer.writeheader()
         for row in rows:

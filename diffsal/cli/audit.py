@@ -92,7 +92,7 @@ def audit(
     failed = failures(thresholds, found)
     if thresholds:
         with replacing(out / "junit.xml") as path:
-            path.write_text(junit(thresholds, failed), encoding="utf-8")
+            path.write_text(junit(thresholds, failed), encoding="utf-8", errors="backslashreplace")
     for failure in found["failed"]:
         click.echo(f"Error: {failure['path']}: {failure['error']}", err=True)
     for sentence in failed.values():
