@@ -1,13 +1,13 @@
 """Everything that an audit measures, before it is put into words and files."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from diffsal.auditing.batches import draw_samples
 from diffsal.auditing.composites import CompositeTest, composite_test
-from diffsal.auditing.measure import measure_samples, measure_subset
+from diffsal.auditing.measure import measure_samples
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.settings import Settings
+from diffsal.auditing.slow import measure_likewise, measure_slowly
 from diffsal.auditing.stress import stress_test
 from diffsal.data.index import Index, Sample
 from diffsal.errors import DiffsalError
@@ -27,7 +27,6 @@ class Evidence:
         split: ``test`` or ``all``, the part of the index that was audited.
         measured: the model's numbers.
         other: the reference's.
-        randomisation: how alike the model's maps stay, by stage; ``None``: not tried.
         composites: the composite test; or why it could not be run.
         other_composites: the reference's.
         fooled: the stress test's copy; ``None`` where it could not be applied.
@@ -41,7 +40,6 @@ class Evidence:
     split: str
     measured: Measured
     other: Measured | None
-    randomisation: dict[str, Any] | None
     composites: CompositeTest | str
     other_composites: CompositeTest | str
     fooled: LoadedModel | None
@@ -58,7 +56,7 @@ def gather(
     samples, split = _chosen(index, settings)
     measured = measure_samples(samples, index, loaded, settings, "audit")
     with running(settings.device, settings.preprocessing.size, settings.batch_size):
-        randomisation = measure_subset(measured, loaded, settings)
+        measure_slowly(measured, loaded, settings)
         composites = composite_test(measured, loaded, settings)
         fooled, obstacle = stress_test(index, split, measured, loaded, settings)
     other: Measured | None = None
@@ -68,6 +66,7 @@ def gather(
         likewise = replace(settings, preprocessing=own)
         other = measure_samples(samples, index, reference, likewise, "reference")
         with running(settings.device, own.size, settings.batch_size):
+            measure_likewise(other, measured, reference, likewise)
             other_composites = composite_test(other, reference, likewise)
     return Evidence(
         index,
@@ -77,7 +76,6 @@ def gather(
         split,
         measured,
         other,
-        randomisation,
         composites,
         other_composites,
         fooled,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from diffsal.auditing.composites import CompositeTest
+from diffsal.auditing.occluders import occluders_in_words
 from diffsal.auditing.operating import operating_points
 from diffsal.auditing.rows import MAPS, Measured, Number, described
 from diffsal.auditing.wording import (
@@ -33,7 +34,7 @@ from diffsal.faithfulness.statistics import Interval
 from diffsal.maps.contrast import class_count
 from diffsal.training.loop import auroc
 
-_NOT_TAKEN = "no images were set aside for the slow methods, or all maps are constant"
+_NOT_TAKEN = "all maps are constant"
 
 
 def find(
@@ -176,23 +177,18 @@ def _occlusion(measured: Measured, left_out: dict[str, str]) -> Finding:
             f"{brief(maps['true'])}. Image by image, {which}: {brief(paired)}. By class, for the "
             f"difference map: {classes_in_words(by_class)}."
         )
-    moved_in = measured.per_map("transplant", ", transplants", "rank correlation")
-    if moved_in["difference"]["n"]:
-        says += (
-            " With pixels of another class in the place of grey, on "
-            f"{images_in_words(moved_in['difference']['n'])} as it is slow: "
-            f"{brief(moved_in['difference'])}; for the class map, {brief(moved_in['true'])}."
+    occluders, by_occluder = occluders_in_words(measured)
+    if not measured.number("transplant_difference", "", "")["n"]:
+        left_out["transplants"] = (
+            "they were not asked for, or there is one class, or maps are constant"
         )
-    else:
-        left_out["transplants"] = _NOT_TAKEN
-        moved_in = {}
     return make_finding(
         "occlusion",
         "Whether occluding what a map marks moves the decision",
-        says,
+        says + occluders,
         "Occluded images are unlike those that the model knows, and cells are occluded one by one: "
         "what matters only together goes unseen. A map can be faithful and the model still wrong.",
-        [*maps.values(), paired, *by_class.values(), *moved_in.values()],
+        [*maps.values(), paired, *by_class.values(), *by_occluder],
     )
 
 
@@ -279,16 +275,17 @@ def _perturbation(measured: Measured, left_out: dict[str, str]) -> Finding:
             f"good. For the class map the areas are {brief(insertion['true'])} and "
             f"{brief(deletion['true'])}."
         )
-        if void := int((measured.column("blank_share") >= 0.5).sum()):
+        blank = measured.column("blank_share")
+        if void := int((blank >= 0.5).sum()):
             says += (
-                f" On {images_in_words(void)} of {len(measured.rows)} the areas are void: there a "
-                "blank keeps half of the label's probability or more."
+                f" On {images_in_words(void)} of {(~np.isnan(blank)).sum()} the areas are void: "
+                "there a blank keeps half of the label's probability or more."
             )
     scores = measured.per_map("road", ", ROAD", "probability difference")
     if scores["difference"]["n"]:
         numbers += scores.values()
         says += (
-            f" ROAD, on {images_in_words(scores['difference']['n'])} as it is slow, gives "
+            f" ROAD, on {images_in_words(scores['difference']['n'])}, gives "
             f"{brief(scores['difference'])} for the difference map and {brief(scores['true'])} "
             "for the class map: above 0, removing what is marked hurts more than removing what is "
             "not."
