@@ -1,18 +1,24 @@
-"""The whole of the attacks on files, each kind in a process of its own: a line of JSON for each.
+"""The whole of the attacks on files, each kind in a process of its own: `make hostile`.
 
-``PYTHONPATH=.:tests python -m hostile.report``; the exit status is 1 where anything failed."""
+Prints a line of JSON for each kind and renews the table of docs/reliability.md; the exit status is
+1 where anything failed."""
 
 import json
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hostile import tries
 from hostile.attacks import attack
 
+from diffsal.system.files import replacing
+
+PAGE = Path(__file__).parents[2] / "docs/reliability.md"
+BEGIN, END = "<!-- attacks -->\n", "\n<!-- end -->"
 QUICK, WHOLE = 1, 6
 ROWS: dict[str, Callable[[Path, int], tries.Tries]] = {
     "weights, odd entries": lambda folder, times: tries.handmade_weights(folder, 6 // times),
@@ -29,16 +35,38 @@ ROWS: dict[str, Callable[[Path, int], tries.Tries]] = {
 
 
 def main() -> int:
-    """Print a row for each kind."""
-    failed = 0
+    """Print a row for each kind, and write them all down."""
+    failed, rows = 0, []
     for kind in ROWS:
         code = f"import hostile.report as r; r.one({kind!r})"
         done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        print(
-            done.stdout.strip() or json.dumps({"kind": kind, "died": done.returncode}), flush=True
-        )
+        row = done.stdout.strip() or json.dumps({"kind": kind, "died": done.returncode})
+        print(row, flush=True)
+        rows.append(json.loads(row))
         failed += done.returncode != 0
+    with replacing(PAGE) as scratch:
+        scratch.write_text(renewed(PAGE.read_text("utf-8"), rows), encoding="utf-8")
     return int(failed > 0)
+
+
+def renewed(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page with a table of these rows."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, behind = rest.partition(END)
+    lines = ["| attack | tries | failures | worst time | worst memory |", "|---|---|---|---|---|"]
+    for row in rows:
+        told = (
+            row.get(name, "died") for name in ("tries", "failures", "worst_seconds", "worst_mb")
+        )
+        tries, failures, seconds, megabytes = told
+        lines.append(
+            f"| {row['kind']} | {tries} | {failures} | {_short(seconds)} s | {_short(megabytes)} MB |"
+        )
+    return before + BEGIN + "\n".join(lines) + END + behind
+
+
+def _short(number: Any) -> str:
+    return f"{number:.2g}" if isinstance(number, float) and number < 100 else f"{number}"
 
 
 def one(kind: str) -> None:
