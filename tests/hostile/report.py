@@ -55,13 +55,9 @@ def renewed(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
     _, _, behind = rest.partition(END)
     lines = ["| attack | tries | failures | worst time | worst memory |", "|---|---|---|---|---|"]
     for row in rows:
-        told = (
-            row.get(name, "died") for name in ("tries", "failures", "worst_seconds", "worst_mb")
-        )
-        tries, failures, seconds, megabytes = told
-        lines.append(
-            f"| {row['kind']} | {tries} | {failures} | {_short(seconds)} s | {_short(megabytes)} MB |"
-        )
+        names = ("tries", "failures", "worst_seconds", "worst_mb")
+        tries, failures, seconds, memory = (_short(row.get(name, "died")) for name in names)
+        lines.append(f"| {row['kind']} | {tries} | {failures} | {seconds} s | {memory} MB |")
     return before + BEGIN + "\n".join(lines) + END + behind
 
 
