@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types bench zoo surface clean
+.PHONY: help demo test lint types bench zoo hostile surface clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
@@ -12,7 +12,7 @@ demo: $(VENV)/run-time  ## Train a small network on digits and explain one
 	$(BIN)/diffsal demo
 
 test: lint types  ## ruff, mypy, pytest (docstrings' examples included)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed  ## ruff
 	$(BIN)/ruff check .
@@ -29,6 +29,9 @@ bench: $(VENV)/installed  ## Ratios measured side by side, in minutes
 zoo: $(VENV)/installed  ## Other libraries' models, one of each family; rewrites docs/models.md
 	$(BIN)/python -m pip install --quiet --editable '.[zoo]'
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m models.zoo.report
+
+hostile: $(VENV)/installed  ## Files made to do harm, all of them; rewrites docs/reliability.md's table
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m hostile.report
 
 surface: $(VENV)/installed  ## Rewrite tests/api_surface.json after a change that is meant
 	$(BIN)/python tests/surface.py

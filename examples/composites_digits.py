@@ -201,6 +201,7 @@ def separation(seeds: Sequence[Mapping[str, Any]], name: str, measure: str) -> f
 def filled(text: str, data: Mapping[str, Any]) -> str:
     """The page with its tables, and how many seeds there are, of the stored numbers alone."""
     seeds = data["seeds"]
+    models = [name for name in MODELS if all(name in one for one in seeds)]
     tables = {
         "count": [f"{len(seeds)} seeds"],
         "models": _table(
@@ -208,15 +209,15 @@ def filled(text: str, data: Mapping[str, Any]) -> str:
                 *("model", "AUROC", "distance", "skill, rectangles", "skill, marked"),
                 *("area, rectangles", "area, marked", "frame, foretold / actual", "SmoothGrad"),
             ),
-            [_model_row(seeds, name) for name in MODELS],
+            [_model_row(seeds, name) for name in models],
         ),
         "alarms": _table(
             ("model", *(f"{measure} < {least}" for measure, least in THRESHOLDS)),
-            [_alarms(seeds, name) for name in MODELS],
+            [_alarms(seeds, name) for name in models],
         ),
         "each": _table(
             ("model", *(str(one["seed"]) for one in seeds)),
-            [_each(seeds, name) for name in MODELS],
+            [_each(seeds, name) for name in models],
         ),
     }
     for name, lines in tables.items():

@@ -10,7 +10,9 @@ from diffsal.cli.main import main
 from diffsal.demo import digits, train_digits
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_the_evidence_for_8_against_3_lies_on_the_left(seed):
     train, held_out = digits(seed)
     model = train_digits(train, seed)

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffsal import explain
-from diffsal.demo import digits, write_digits_demo
+from diffsal.demo import digits, train_digits, write_digits_demo
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -49,7 +50,9 @@ def test_timm(tmp_path):
 
 
 def test_audit_digits(tmp_path, capsys):
-    maps = example("audit_digits")["main"](tmp_path, epochs=2)
+    main = example("audit_digits")["main"]
+    main.__globals__["OCCLUDED"] = 4
+    maps = main(tmp_path, epochs=2)
     assert list(maps) == [
         "honest",
         "control",
@@ -74,6 +77,7 @@ def test_composites_digits(tmp_path):
     names = module["run_seed"].__globals__
     shortcut = "shortcut at the edges: honest"
     names["MODELS"] = {shortcut: names["MODELS"][shortcut]}
+    names["train_digits"] = partial(train_digits, epochs=2)
     module["run_seed"](tmp_path, 3)
     found = json.loads((tmp_path / "seed-3.json").read_text())[shortcut]
     assert found["auroc"] > 0.9

@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
+from diffsal.auditing.progress import stage
 from diffsal.auditing.settings import Settings
 from diffsal.data.datasets import ImageDataset
 from diffsal.data.index import Sample
 from diffsal.errors import DiffsalError
 from diffsal.explaining.records import failure
+from diffsal.faithfulness.variants import read_logits
+from diffsal.maps.modes import evaluated
 from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.models.checkpoints import LoadedModel
@@ -54,8 +56,9 @@ def read_batches(
     """Batches of what can be read; what cannot goes to ``failed``."""
     dataset = ImageDataset(samples, settings.preprocessing)
     dtype = next(loaded.model.parameters()).dtype
-    step = max(1, settings.batch_size // 8)  # each is perturbed into a hundred: progress is seen
-    with tqdm(total=len(samples), desc=title, unit="image", disable=None) as progress:
+    # Each is perturbed into a hundred: few at a time, and progress is seen.
+    step = min(settings.batch_size, max(8, settings.batch_size // 8))
+    with stage(title, len(samples)) as advance:
         for start in range(0, len(samples), step):
             items = []
             for position in range(start, min(start + step, len(samples))):
@@ -71,7 +74,38 @@ def read_batches(
                     torch.stack(human).to(settings.device),
                     [samples[position] for position in positions],
                 )
-            progress.update(min(step, len(samples) - start))
+            advance(min(step, len(samples) - start))
+
+
+@torch.no_grad()
+def lay_out(model: nn.Module, inputs: Tensor) -> None:
+    """On a CPU, lay weights of convolutions out channels last, where logits stay what they are.
+
+    Convolutions take a third less time then. A model whose forward pass asks for one layout, as
+    ``view`` does, stays as it was.
+
+    Args:
+        model: on the inputs' device.
+        inputs: (B, C, H, W), what logits are compared on.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten())
+        >>> lay_out(model, torch.rand(1, 3, 8, 8))
+        >>> model[0].weight.is_contiguous(memory_format=torch.channels_last)
+        True
+    """
+    if inputs.device.type != "cpu":
+        return
+    with evaluated(model) as run:
+        before = read_logits(run, inputs)
+        try:
+            model.to(memory_format=torch.channels_last)
+            after = read_logits(run, inputs)
+            same = torch.allclose(after, before, rtol=0, atol=1e-4 * float(before.abs().max()))
+        except RuntimeError:
+            same = False
+    if not same:
+        model.to(memory_format=torch.contiguous_format)
 
 
 def label_maps(loaded: LoadedModel, batch: Batch, false: Tensor | None = None) -> SalienceMaps:

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffsal.auditing.batches import read_batches
+from diffsal.auditing.progress import stage
 from diffsal.auditing.rows import Measured, Number, described, plain
+from diffsal.auditing.sampling import balanced_order
 from diffsal.auditing.settings import Settings
 from diffsal.data.index import Sample
 from diffsal.data.preprocessing import Preprocessing
@@ -19,11 +21,11 @@ from diffsal.errors import DiffsalError
 from diffsal.faithfulness.composites import (
     Composites,
     compare,
+    composite_margins,
     in_logits,
-    run_composites,
     skill_interval,
 )
-from diffsal.faithfulness.pasting import pasted
+from diffsal.faithfulness.pasting import pasted, plan_composites
 from diffsal.faithfulness.perturbation import cells_of_pixels
 from diffsal.faithfulness.statistics import Interval
 from diffsal.maps.contrast import class_count
@@ -36,8 +38,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "feathered": {"seams": "feathered"},
     "same": {"donors": "same"},
 }
-"""What is pasted, as arguments of :func:`run_composites`; what is left out is as in the first."""
-_MOST = 100  # images of each class: beyond these intervals narrow slowly
+"""What is pasted, as arguments of :func:`plan_composites`; what is left out is as in the first."""
+_MOST = 100  # images, as many of each class: beyond these intervals narrow slowly
 PER_IMAGE = 4  # composites of each kind
 _PICTURED = (25, 50, 75)  # percentiles of the prediction's error
 
@@ -125,25 +127,12 @@ class CompositeTest:
 def composite_test(
     measured: Measured, loaded: LoadedModel, settings: Settings
 ) -> CompositeTest | str:
-    """Run the composite test on at most 100 images of each class; or why it cannot be run."""
+    """Run the composite test on at most 100 images, half of each class; or why it cannot be run."""
     if class_count(torch.stack(measured.logits)) != 2:
         return "it sets one class against one other, and the model tells more than two apart"
-    read = _read(_spaced(measured), loaded, settings)
+    read = _read(_drawn(measured, settings.seed), loaded, settings)
     try:
-        found = {
-            kind: run_composites(
-                loaded.model,
-                read.inputs,
-                read.difference,
-                read.margin,
-                read.labels,
-                per_image=PER_IMAGE,
-                batch_size=settings.batch_size,
-                seed=settings.seed,
-                **arguments,
-            )
-            for kind, arguments in KINDS.items()
-        }
+        found = {kind: _run(kind, read, loaded.model, settings) for kind in KINDS}
     except DiffsalError as error:
         return str(error)
     first = found["rectangles"]
@@ -158,15 +147,10 @@ def composite_test(
     )
 
 
-def _spaced(measured: Measured) -> list[Sample]:
-    """Images of both classes, evenly spaced, in the order of the index."""
-    labels = np.array([sample.label for sample in measured.samples])
-    chosen: list[int] = []
-    for label in (0, 1):
-        own = np.flatnonzero(labels == label)
-        count = min(_MOST, len(own))
-        chosen += own[np.linspace(0, len(own) - 1, count).round().astype(int)].tolist()
-    return [measured.samples[position] for position in sorted(chosen)]
+def _drawn(measured: Measured, seed: int) -> list[Sample]:
+    """Images of both classes, the first of the order that slow tests take, in the index's."""
+    order = balanced_order([sample.label for sample in measured.samples], seed)
+    return [measured.samples[position] for position in sorted(order[:_MOST])]
 
 
 @dataclass(frozen=True)
@@ -196,6 +180,17 @@ def _read(samples: list[Sample], loaded: LoadedModel, settings: Settings) -> _Im
         kept += batch.samples
         parts.append((batch.inputs, *of_maps))
     return _Images(kept, *map(torch.cat, zip(*parts, strict=True)))
+
+
+def _run(kind: str, read: _Images, model: nn.Module, settings: Settings) -> Composites:
+    """Plan, paste, run and compare; the margins are known to be the model's."""
+    plan = plan_composites(
+        read.difference, read.labels, per_image=PER_IMAGE, seed=settings.seed, **KINDS[kind]
+    )
+    with stage(f"composites, {kind}", len(read.samples)) as advance:
+        actual = composite_margins(model, read.inputs, plan, batch_size=settings.batch_size)
+        advance(len(read.samples))
+    return compare(plan, read.difference, read.margin, actual)
 
 
 def _add_errors(

@@ -1,19 +1,15 @@
 """Everything that an audit measures, before it is put into words and files."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from diffsal.auditing.batches import draw_samples
 from diffsal.auditing.clusters import Kinds, evidence_kinds
 from diffsal.auditing.composites import CompositeTest, composite_test
-from diffsal.auditing.measure import measure_samples, measure_subset
+from diffsal.auditing.measure import measure_samples
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.settings import Settings
-from diffsal.auditing.stability import (
-    Reestimated,
-    measure_reestimated,
-    measure_sensitivity,
-)
+from diffsal.auditing.slow import measure_likewise, measure_slowly
+from diffsal.auditing.stability import Reestimated, measure_reestimated
 from diffsal.auditing.stress import stress_test
 from diffsal.data.index import Index, Sample
 from diffsal.errors import DiffsalError
@@ -33,7 +29,6 @@ class Evidence:
         split: ``test`` or ``all``, the part of the index that was audited.
         measured: the model's numbers.
         other: the reference's.
-        randomisation: how alike the model's maps stay, by stage; ``None``: not tried.
         composites: the composite test; or why it could not be run.
         other_composites: the reference's.
         kinds: kinds of evidence; or why there are none to tell.
@@ -49,7 +44,6 @@ class Evidence:
     split: str
     measured: Measured
     other: Measured | None
-    randomisation: dict[str, Any] | None
     composites: CompositeTest | str
     other_composites: CompositeTest | str
     kinds: Kinds | str
@@ -68,10 +62,9 @@ def gather(
     samples, split = _chosen(index, settings)
     measured = measure_samples(samples, index, loaded, settings, "audit")
     with running(settings.device, settings.preprocessing.size, settings.batch_size):
-        randomisation = measure_subset(measured, loaded, settings)
+        measure_slowly(measured, loaded, settings)
         composites = composite_test(measured, loaded, settings)
         kinds = evidence_kinds(measured)
-        measure_sensitivity(measured, loaded, settings)
         reestimated = measure_reestimated(measured, loaded, settings)
         fooled, obstacle = stress_test(index, split, measured, loaded, settings)
     other: Measured | None = None
@@ -81,6 +74,7 @@ def gather(
         likewise = replace(settings, preprocessing=own)
         other = measure_samples(samples, index, reference, likewise, "reference")
         with running(settings.device, own.size, settings.batch_size):
+            measure_likewise(other, measured, reference, likewise)
             other_composites = composite_test(other, reference, likewise)
     return Evidence(
         index,
@@ -90,7 +84,6 @@ def gather(
         split,
         measured,
         other,
-        randomisation,
         composites,
         other_composites,
         kinds,

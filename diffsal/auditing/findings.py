@@ -38,7 +38,7 @@ def find(evidence: Evidence) -> tuple[list[Finding], list[dict[str, str]]]:
         find_agreement(measured),
         find_occlusion(measured, left_out),
         find_input_level(measured),
-        find_sensitivity(measured, left_out),
+        find_sensitivity(measured),
         find_location(measured, left_out),
         find_clusters(evidence.kinds, left_out),
         find_perturbation(measured, left_out),

@@ -1,6 +1,9 @@
 """Findings from what the model makes of changed images, and of their pixels."""
 
+import numpy as np
+
 from diffsal.auditing.composites import CompositeTest
+from diffsal.auditing.occluders import occluders_in_words
 from diffsal.auditing.rows import MAPS, Measured
 from diffsal.auditing.stability import LEVELS, STEADY
 from diffsal.auditing.wording import (
@@ -73,23 +76,18 @@ def find_occlusion(measured: Measured, left_out: dict[str, str]) -> Finding:
             f"{brief(maps['true'])}. Image by image, {which}: {brief(paired)}. By class, for the "
             f"difference map: {classes_in_words(by_class)}."
         )
-    moved_in = measured.per_map("transplant", ", transplants", "rank correlation")
-    if moved_in["difference"]["n"]:
-        says += (
-            " With pixels of another class in the place of grey, on "
-            f"{images_in_words(moved_in['difference']['n'])} as it is slow: "
-            f"{brief(moved_in['difference'])}; for the class map, {brief(moved_in['true'])}."
+    occluders, by_occluder = occluders_in_words(measured)
+    if not measured.number("transplant_difference", "", "")["n"]:
+        left_out["transplants"] = (
+            "they were not asked for, or there is one class, or maps are constant"
         )
-    else:
-        left_out["transplants"] = NOT_TAKEN
-        moved_in = {}
     return make_finding(
         "occlusion",
         "Whether occluding what a map marks moves the decision",
-        says,
+        says + occluders,
         "Occluded images are unlike those that the model knows, and cells are occluded one by one: "
         "what matters only together goes unseen. A map can be faithful and the model still wrong.",
-        [*maps.values(), paired, *by_class.values(), *moved_in.values()],
+        [*maps.values(), paired, *by_class.values(), *by_occluder],
     )
 
 
@@ -138,16 +136,17 @@ def find_perturbation(measured: Measured, left_out: dict[str, str]) -> Finding:
             f"good. For the class map the areas are {brief(insertion['true'])} and "
             f"{brief(deletion['true'])}."
         )
-        if void := int((measured.column("blank_share") >= 0.5).sum()):
+        blank = measured.column("blank_share")
+        if void := int((blank >= 0.5).sum()):
             says += (
-                f" On {images_in_words(void)} of {len(measured.rows)} the areas are void: there a "
-                "blank keeps half of the label's probability or more."
+                f" On {images_in_words(void)} of {(~np.isnan(blank)).sum()} the areas are void: "
+                "there a blank keeps half of the label's probability or more."
             )
     scores = measured.per_map("road", ", ROAD", "probability difference")
     if scores["difference"]["n"]:
         numbers += scores.values()
         says += (
-            f" ROAD, on {images_in_words(scores['difference']['n'])} as it is slow, gives "
+            f" ROAD, on {images_in_words(scores['difference']['n'])}, gives "
             f"{brief(scores['difference'])} for the difference map and {brief(scores['true'])} "
             "for the class map: above 0, removing what is marked hurts more than removing what is "
             "not."
@@ -164,18 +163,14 @@ def find_perturbation(measured: Measured, left_out: dict[str, str]) -> Finding:
     )
 
 
-def find_sensitivity(measured: Measured, left_out: dict[str, str]) -> Finding:
+def find_sensitivity(measured: Measured) -> Finding:
     """Whether the difference map holds still where the decision does."""
     largest = measured.number(
         "sensitivity", "Largest change of the difference map (Max-Sensitivity)", "ratio"
     )
     counted = measured.number("sensitivity_counted", "Changes that leave the margin", "share")
     numbers = [largest, counted]
-    if counted["n"] == 0:
-        left_out["Max-Sensitivity"] = NOT_TAKEN
-        numbers = []
-        says = "Not measured: no images were set aside for it."
-    elif largest["mean"] is None:
+    if largest["mean"] is None:
         says = "Undefined: the map is zero, or no small change leaves the margin, on every image."
     else:
         says = (

@@ -19,9 +19,16 @@ Number: TypeAlias = dict[str, Any]
 MAPS = {"true": "Class map", "difference": "Difference map"}
 """The maps under audit, by the ending of their columns."""
 
+OCCLUSIONS = {
+    "mean": "occlusion",
+    "blur": "occlusion_blur",
+    "noise": "occlusion_noise",
+    "transplant": "transplant",
+}
+"""What occlusion by each occluder is called in columns."""
 MEASURES_OF_MAPS = (
     *("occlusion", "smoothgrad", "insertion", "deletion", "frame", "pointing", "energy", "iou"),
-    *("road", "transplant", "randomised", "reestimated"),
+    *("occlusion_blur", "occlusion_noise", "transplant", "road", "randomised", "reestimated"),
 )
 """What is measured of each map under audit; a column is ``occlusion_true``, say."""
 COLUMNS = (
@@ -64,7 +71,10 @@ class Measured:
         samples: their samples.
         logits: theirs, (K,) each.
         evidence: theirs, (h, w) each, see :func:`diffsal.auditing.clusters.decision_maps`.
-        curves: theirs of insertion and deletion, (steps + 1,) each, by column.
+        curves: by name, of insertion, deletion and randomisation, (steps,) of each image that has
+            them.
+        randomised_layers: after which randomisation's curves look at the maps, from the top.
+        sampling: by slow test, on how many images it was measured and how narrow that made it.
         failed: ``path`` and ``error`` of images that could not be measured.
         cells: (h, w) of the maps.
         names: of the model's classes.
@@ -84,7 +94,9 @@ class Measured:
     samples: list[Sample] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     evidence: list[Tensor] = field(default_factory=list)
-    curves: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
+    curves: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict)
+    randomised_layers: tuple[str, ...] = ()
+    sampling: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
     cells: tuple[int, int] = (0, 0)
     names: list[str] = field(default_factory=list)

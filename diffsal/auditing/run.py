@@ -9,7 +9,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -18,11 +18,12 @@ from diffsal.auditing.composites import PER_IMAGE
 from diffsal.auditing.evidence import Evidence, gather
 from diffsal.auditing.findings import find
 from diffsal.auditing.gallery import choose_gallery, draw_composites, draw_gallery, draw_kinds
-from diffsal.auditing.measure import CURVE_STEPS, OCCLUDER, mean_curves, occlusion_grid
 from diffsal.auditing.parts import find_parts
+from diffsal.auditing.progress import LOG, log_file, logged
 from diffsal.auditing.report import render_report
 from diffsal.auditing.rows import COLUMNS, Measured, Row
 from diffsal.auditing.settings import Settings
+from diffsal.auditing.slow import CURVE_STEPS, mean_courses, mean_curves, occlusion_grid
 from diffsal.auditing.stability import LEVELS, STEADY
 from diffsal.auditing.summary import compare, summarize
 from diffsal.data.index import Index
@@ -48,12 +49,14 @@ def audit(
 
     The test split is audited if the index has one, else all of its images. Labels are taken as
     true. An image that cannot be read does not stop the rest. The files are written when everything
-    is known, the report last; each appears whole or not at all.
+    is known, the report last; each appears whole or not at all. ``audit.log`` is there from the
+    beginning, and tells how far it is.
 
     Args:
         index: read with the model's class names where these are known; else its own are taken to
             be in the order of the outputs.
-        loaded: the model; it is moved to the settings' device.
+        loaded: the model; it is moved to the settings' device; on a CPU its weights are laid out
+            channels last where that changes no more than rounding.
         folder: made where it is not there.
         settings: see there.
         reference: a second model, measured on the same images and set beside the first.
@@ -69,6 +72,21 @@ def audit(
             already.
     """
     _check_free(folder, overwrite)
+    with logged(log_file(folder)):
+        LOG.info("audit of %s on %s by diffsal %s", loaded.path, index.source, __version__)
+        document = _audit(index, loaded, folder, settings, reference, overwrite)
+        LOG.info("written: %s", folder / "report.html")
+    return document
+
+
+def _audit(
+    index: Index,
+    loaded: LoadedModel,
+    folder: Path,
+    settings: Settings,
+    reference: LoadedModel | None,
+    overwrite: bool,
+) -> dict[str, Any]:
     evidence = gather(index, loaded, settings, reference)
     gallery = choose_gallery(evidence.measured)
     document = _document(evidence, gallery)
@@ -88,7 +106,7 @@ def audit(
         (folder / _REFERENCE_ROWS).unlink(missing_ok=True)
     write_json(folder / "audit.json", document)
     with replacing(folder / "report.html") as path:
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")
     return document
 
 
@@ -123,7 +141,8 @@ def _document(evidence: Evidence, gallery: list[dict[str, Any]]) -> dict[str, An
         "left_out": left_out,
         "reference": comparison,
         "curves": mean_curves(measured),
-        "randomisation": evidence.randomisation,
+        "randomisation": mean_courses(measured),
+        "sampling": measured.sampling,
         "composites": None if isinstance(evidence.composites, str) else evidence.composites.facts(),
         "clusters": None if isinstance(evidence.kinds, str) else evidence.kinds.facts(),
         "gallery": [
@@ -156,7 +175,7 @@ def _settings_facts(settings: Settings, measured: Measured) -> dict[str, Any]:
         "outputs": measured.outputs,
         "cells": list(measured.cells),
         "composites_per_image": PER_IMAGE,
-        "occluder": OCCLUDER,
+        "occluders": list(dict.fromkeys(("mean", *settings.occluders))),
         "occlusion_grid": occlusion_grid(measured.cells),
         "curve_steps": CURVE_STEPS,
         "frame_width": measured.frame_width,
@@ -165,8 +184,13 @@ def _settings_facts(settings: Settings, measured: Measured) -> dict[str, Any]:
     }
 
 
+def _opened(path: Path) -> TextIO:
+    """For a CSV; what is no UTF-8 in a file's name is written as an escape."""
+    return path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
+
+
 def _write_rows(path: Path, rows: list[Row]) -> None:
-    with replacing(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as scratch, _opened(scratch) as file:
         writer = csv.DictWriter(file, ["path", "label", "predicted", *COLUMNS], restval="")
         writer.writeheader()
         for row in rows:

@@ -1,10 +1,15 @@
 """How a model is audited."""
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 
 from diffsal.data.preprocessing import Preprocessing
+
+Occluders: TypeAlias = Literal["mean", "blur", "noise", "transplant"]
+"""See :data:`diffsal.faithfulness.perturbation.Occluder`; ``transplant``: images of other classes.
+"""
 
 
 @dataclass(frozen=True)
@@ -15,20 +20,22 @@ class Settings:
         preprocessing: from an image's pixels to the model's input.
         device: where the model runs.
         limit: at most this many images, drawn at random by ``seed``; ``None``: all.
-        subset: images, evenly spaced, for the slow methods: ROAD and randomisation. 0 leaves them
-            out.
+        precision: slow tests take images, at random and as many of each class, until the 95 %
+            intervals of their means reach no further than this to either side, or all are taken.
+        occluders: what takes the place of a cell's pixels, beside the image's mean colour.
         batch_size: images, perturbed ones included, in one forward pass.
         seed: of the draws of images, of the bootstrap, and of whatever else is random.
 
     Example:
         >>> settings = Settings(Preprocessing(size=(64, 64)), torch.device("cpu"))
-        >>> settings.subset, settings.batch_size
-        (8, 64)
+        >>> settings.precision, settings.batch_size
+        (0.1, 64)
     """
 
     preprocessing: Preprocessing
     device: torch.device
     limit: int | None = None
-    subset: int = 8
+    precision: float = 0.1
+    occluders: tuple[Occluders, ...] = ("blur", "transplant")
     batch_size: int = 64
     seed: int = 0

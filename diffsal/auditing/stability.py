@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffsal.auditing.batches import label_maps, read_batches
+from diffsal.auditing.batches import Batch, label_maps, read_batches
 from diffsal.auditing.clusters import FEWEST
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.settings import Settings
@@ -24,26 +24,20 @@ STEADY = 0.1  # share of the margin by which it may move
 _DRAWS = 8
 
 
-def measure_sensitivity(measured: Measured, loaded: LoadedModel, settings: Settings) -> None:
-    """Add columns of Max-Sensitivity to some images, evenly spaced: it is slow."""
-    count = min(settings.subset, len(measured.samples))
-    spaced = np.linspace(0, len(measured.samples) - 1, count).round().astype(int)
-    samples = [measured.samples[position] for position in spaced]
-    radius = [LEVELS / 255 / std for std in settings.preprocessing.std]
-    for batch in read_batches(samples, loaded, settings, "sensitivity", []):
-        found = max_sensitivity(
-            loaded.model,
-            batch.inputs,
-            batch.labels,
-            radius=radius,
-            draws=_DRAWS,
-            steady=STEADY,
-            target_layers=loaded.target_layer,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-        )
-        columns = {"sensitivity": found.largest, "sensitivity_counted": found.counted}
-        measured.add_columns(batch.samples, columns)
+def sensitivity_columns(loaded: LoadedModel, settings: Settings, batch: Batch) -> dict[str, Tensor]:
+    """Columns (B,) of Max-Sensitivity."""
+    found = max_sensitivity(
+        loaded.model,
+        batch.inputs,
+        batch.labels,
+        radius=[LEVELS / 255 / std for std in settings.preprocessing.std],
+        draws=_DRAWS,
+        steady=STEADY,
+        target_layers=loaded.target_layer,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
+    return {"sensitivity": found.largest, "sensitivity_counted": found.counted}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -81,7 +82,7 @@ def _rgb(text: str) -> tuple[float, ...]:
 @parsed
 def _size(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) > 2 or not all(re.fullmatch("0*[1-9][0-9]{0,8}", part) for part in parts):
         raise click.BadParameter(f"{text!r} is neither a number of pixels nor HEIGHTxWIDTH")
     return int(parts[0]), int(parts[-1])
 
@@ -215,4 +216,12 @@ def labelled_index(
     """The index, with labels in the order of the model's outputs where their names are known."""
     from diffsal.data.index import read_index
 
-    return read_index(path, **named(maps=maps, classes=given["classes"] or loaded.classes))
+    given_or_own = given["classes"] or loaded.classes
+    return with_notes(read_index(path, **named(maps=maps, classes=given_or_own)))
+
+
+def with_notes(index: Index) -> Index:
+    """The index, after its notes are said on stderr."""
+    for note in index.notes:
+        click.echo(f"Note: {note}", err=True)
+    return index

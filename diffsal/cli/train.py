@@ -88,9 +88,8 @@ def train(
         chosen = TrainingConfig.from_dict(given, "command line")
     else:
         chosen = TrainingConfig.from_toml(config, **given)
-    best = run(
-        read_index(index, **options.named(maps=maps, classes=classes)), out, chosen, resume=resume
-    )
+    read = read_index(index, **options.named(maps=maps, classes=classes))
+    best = run(options.with_notes(read), out, chosen, resume=resume)
     if process_rank()[0] == 0:
         epochs = [json.loads(line) for line in (out / LOG).read_text("utf-8").splitlines()]
         _report_training(best, epochs, as_json)

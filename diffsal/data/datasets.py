@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ from tqdm import tqdm
 from diffsal.data.images import read_image, read_map
 from diffsal.data.index import Sample
 from diffsal.data.preprocessing import Preprocessing
-from diffsal.system.files import replacing
+from diffsal.errors import DiffsalError, one_line
+from diffsal.system.files import replacing, reserve
 
 Item: TypeAlias = tuple[Tensor, int, Tensor, int]
 """Image, label, human map and position: see :class:`ImageDataset`."""
@@ -109,13 +111,8 @@ class DecodedImages:
     def _write(self, samples: Sequence[Sample], preprocessing: Preprocessing) -> None:
         with replacing(self._files[0]) as image_scratch, replacing(self._files[1]) as map_scratch:
             height, width = preprocessing.size
-            images, maps = (
-                np.lib.format.open_memmap(scratch, "w+", dtype, shape)
-                for scratch, dtype, shape in (
-                    (image_scratch, np.uint8, (len(self._image_rows), height, width, 3)),
-                    (map_scratch, np.float32, (len(self._map_rows), height, width)),
-                )
-            )
+            images = _room(image_scratch, np.uint8, (len(self._image_rows), height, width, 3))
+            maps = _room(map_scratch, np.float32, (len(self._map_rows), height, width))
 
             def store(sample: Sample) -> None:
                 image, human_map = decode(sample, preprocessing)
@@ -126,6 +123,20 @@ class DecodedImages:
             with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
                 stored = pool.map(store, samples)
                 deque(tqdm(stored, "decoding", len(samples), unit="image", disable=None), maxlen=0)
+
+
+def _room(scratch: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
+    """A file of this content to fill, of which every byte has its place on the disk."""
+    try:
+        array = np.lib.format.open_memmap(scratch, "w+", dtype, shape)
+        reserve(scratch)
+    except (OSError, ValueError) as error:
+        size = math.prod(shape) * np.dtype(dtype).itemsize / 1e6
+        raise DiffsalError(
+            f"{scratch.parent}: no room for {size:.0f} MB of decoded images "
+            f"({one_line(error)}); free some or name another folder"
+        ) from error
+    return array
 
 
 def _rows(samples: Iterable[Sample]) -> dict[Path, int]:

@@ -13,12 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from diffsal.errors import DiffsalError
+from diffsal.system.files import open_regular
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".dcm", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 )
 
 # Nothing else that Pillow knows is opened: some of its readers start other programs.
+_12_BITS = 4_095  # in a file of 16, which some devices write
+_NEARLY_BLACK = "The image uses 4096 of 65536 levels of grey and is seen nearly black."
+_BAND = 1 << 20  # pixels
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 
 
@@ -97,18 +101,34 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         ...     read_image(Path(folder, "a.png")).shape
         (2, 3, 3)
     """
+    return read_image_with_notes(path)[0]
+
+
+def read_image_with_notes(path: Path) -> tuple[NDArray[np.uint8], list[str]]:
+    """What `read_image` reads, and a sentence where it is nearly black for want of a scale.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.fromarray(np.full((2, 3), 4095, np.uint16)).save(Path(folder, "a.png"))
+        ...     read_image_with_notes(Path(folder, "a.png"))[1]
+        ['The image uses 4096 of 65536 levels of grey and is seen nearly black.']
+    """
     with _opened(path) as stream:
         magic = stream.read(132)[128:]
         stream.seek(0)
         if magic == b"DICM":
-            return _read_dicom(stream)
+            return _read_dicom(stream), []
         image = _decode(stream)
         deep = _deep_grey(image)
         if deep is not None:
-            return np.repeat(_to_8_bit(deep)[..., None], 3, axis=-1)
+            pixels = np.repeat(_to_8_bit(deep)[..., None], 3, axis=-1)
+            brightest = round(float(deep.max()) * 65_535)
+            is_dark = image.mode != "F" and 0 < brightest <= _12_BITS
+            return pixels, [_NEARLY_BLACK] if is_dark else []
         # By way of RGBA where there is transparency, else Pillow warns of palettes.
         opaque = image.convert("RGBA") if image.has_transparency_data else image
-        return np.array(opaque.convert("RGB"))
+        return _rgb(opaque), []
 
 
 def read_map(path: Path) -> NDArray[np.float32]:
@@ -145,11 +165,21 @@ def read_map(path: Path) -> NDArray[np.float32]:
         return grey
 
 
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """(H, W, 3), filled a band at a time: a copy of a large image is large, too."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _BAND // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = np.asarray(band.convert("RGB"))
+    return pixels
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a file for the decoders and turn whatever they raise into one line with the path."""
     try:
-        with Path(path).open("rb") as stream:
+        with open_regular(Path(path)) as stream:
             if not stream.read(1):
                 raise DiffsalError("the file is empty; replace it or leave it out")
             stream.seek(0)
@@ -204,7 +234,10 @@ def _deep_grey(image: Image.Image) -> NDArray[np.float32] | None:
 
 
 def _to_8_bit(values: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    pixels: NDArray[np.uint8] = np.rint(values * 255).astype(np.uint8)
+    pixels = np.empty(values.shape, np.uint8)
+    rows = max(1, _BAND // max(1, values[:1].size))
+    for top in range(0, len(values), rows):
+        pixels[top : top + rows] = np.rint(values[top : top + rows] * 255)
     return pixels
 
 
@@ -232,7 +265,8 @@ def _read_dicom(stream: BinaryIO) -> NDArray[np.uint8]:
     shares = np.clip((values - low) / (high - low or 1.0), 0, 1)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         shares = 1 - shares
-    return _to_8_bit(shares if shares.ndim == 3 else np.repeat(shares[..., None], 3, axis=-1))
+    pixels = _to_8_bit(shares)
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=-1)
 
 
 def _display_values(values: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], float, float]:

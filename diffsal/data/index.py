@@ -1,17 +1,23 @@
 """Which images there are: labels, human maps, subsets, groups and splits, from a CSV or folders."""
 
 import csv
+import difflib
+import io
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, TypeVar, get_args
 
 from diffsal.data.images import IMAGE_SUFFIXES, find_images
-from diffsal.errors import DiffsalError
+from diffsal.errors import DiffsalError, some_of
+from diffsal.system.files import read_text
 
 Split: TypeAlias = Literal["", "train", "val", "test"]
+_Line = TypeVar("_Line")
+_Result = TypeVar("_Result")
 _REQUIRED = ("path", "label")
 _COLUMNS = (*_REQUIRED, "map", "subset", "group", "split")
 _SPLITS = get_args(Split)[1:]
@@ -51,6 +57,7 @@ class Index:
         source: the file or folder that it was read from, for messages.
         classes: names; a sample's label is a position here.
         samples: in the order of the file, or sorted by class and path.
+        notes: one line each on what was passed over.
 
     Example:
         >>> samples = Sample(Path("a"), 0, split="train"), Sample(Path("b"), 1, split="test")
@@ -62,6 +69,7 @@ class Index:
     source: Path
     classes: tuple[str, ...]
     samples: tuple[Sample, ...]
+    notes: tuple[str, ...] = ()
 
     def split(self, name: Split) -> tuple[Sample, ...]:
         """The samples of one split."""
@@ -71,6 +79,23 @@ class Index:
         """A path as seen from the index, with slashes: the same on whatever machine it lies."""
         root = self.source if self.source.is_dir() else self.source.parent
         return Path(os.path.relpath(path, root)).as_posix()
+
+
+def class_position(name: str, classes: Sequence[str]) -> int | None:
+    """A class by its name or, where no class is called so, by a number; None if neither.
+
+    Whether there are so many classes is not looked at.
+
+    Example:
+        >>> class_position("cat", ("dog", "cat")), class_position("0", ("dog", "cat"))
+        (1, 0)
+        >>> class_position("9" * 5_000, ("dog", "cat"))
+    """
+    if name in classes:
+        return list(classes).index(name)
+    digits = name.lstrip("0") or "0"
+    is_short = name.isdecimal() and len(digits) < 10  # int() refuses thousands of digits
+    return int(digits) if is_short else None
 
 
 @dataclass(frozen=True)
@@ -95,9 +120,11 @@ def read_index(
 ) -> Index:
     """Read and check an index.
 
-    - CSV with a header: the columns ``path,label[,map][,subset][,group][,split]`` in any order,
-      and no others; paths are relative to the file. ``split`` is train, val or test, and named
-      for all samples or for none.
+    - CSV with a header: the columns ``path,label[,map][,subset][,group][,split]`` in any order and
+      case, with commas, semicolons or tabs between them; paths are relative to the file. ``split``
+      is train, val or test, and named for all samples or for none. Other columns are passed over
+      with a note, unless they are near one of these names: a misspelt ``group`` would leak from
+      training into validation.
     - A folder: each of its folders is a class, with images in it at any depth.
     - CSV without a header: ``split,class,path`` (the CYBORG scripts), paths relative to the file.
 
@@ -111,9 +138,9 @@ def read_index(
 
     Raises:
         DiffsalError: the index cannot be read or is empty; names the file and the line of a column
-            that is missing or unknown, a class or split that is unknown, an image or map that is
-            not there, or a path that is named twice. One class only, where ``classes`` is not
-            given.
+            that is missing or misspelt, a class or split that is unknown, an image or map that is
+            not there, or a path that is named twice, and how many further lines are wrong. One
+            class only, where ``classes`` is not given.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -125,7 +152,13 @@ def read_index(
         ('good', 'worn')
     """
     path = Path(path)
-    rows = list(_class_folders(path) if path.is_dir() else _csv_rows(path))
+    notes: tuple[str, ...] = ()
+    if os.path.isdir(path):
+        rows = list(_class_folders(path))
+    else:
+        table = _table(path)
+        rows = _checked(table.lines, partial(_row, path, table.columns))
+        notes = table.notes
     if not rows:
         raise DiffsalError(f"{path}: the index is empty; list at least one image of each class")
     if maps is not None:
@@ -134,45 +167,87 @@ def read_index(
     unsplit = [row.place for row in rows if not row.split]
     if 0 < len(unsplit) < len(rows):
         raise DiffsalError(f"{unsplit[0]}: has no split, others have; name all of them or none")
-    _check_files(rows)
-    return Index(path, names, tuple(_sample(row, names) for row in rows))
+    places: dict[Path, str] = {}
+    samples = _checked(rows, lambda row: _sample(_with_files(row, places), names))
+    return Index(path, names, tuple(samples), notes)
 
 
-def _csv_rows(path: Path) -> Iterator[_Row]:
+def _checked(lines: Iterable[_Line], check: Callable[[_Line], _Result]) -> list[_Result]:
+    """What ``check`` makes of each line; its first error is raised, and tells how many follow."""
+    results, errors = [], []
+    for line in lines:
+        try:
+            results.append(check(line))
+        except DiffsalError as error:
+            errors.append(error)
+    if len(errors) > 1:
+        many = "1 further line is" if len(errors) == 2 else f"{len(errors) - 1} further lines are"
+        raise DiffsalError(f"{errors[0]} ({many} wrong)") from errors[0]
+    if errors:
+        raise errors[0]
+    return results
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A CSV's columns, its lines with their places, and what was passed over."""
+
+    columns: list[str]
+    lines: list[tuple[str, list[str]]]
+    notes: tuple[str, ...] = ()
+
+
+def _table(path: Path) -> _Table:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            lines = [
-                (f"{path}, line {reader.line_num}", [value.strip() for value in line])
-                for line in reader
-                if line
-            ]
+        text = read_text(path)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
+        lines = [
+            (f"{path}, line {reader.line_num}", [value.strip() for value in line])
+            for line in reader
+            if line
+        ]
+    except DiffsalError as error:
+        raise DiffsalError(f"{path}: {error}") from error
     except OSError as error:
         raise DiffsalError(f"{path}: {error.strerror}; check the path") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DiffsalError(f"{path}: is no CSV in UTF-8 ({error}); export it again") from error
-    columns = list(_REQUIRED)
-    if lines:
-        first = lines[0][1]
-        cyborg = len(first) == 3 and first[0] in _SPLITS
-        columns = ["split", "label", "path"] if cyborg else _header(*lines.pop(0))
-    for place, values in lines:
-        if len(values) != len(columns):
-            raise DiffsalError(
-                f"{place}: has {len(values)} fields, not {len(columns)} ({','.join(columns)}); "
-                "complete it, and quote what contains a comma"
-            )
-        row = dict(zip(columns, values, strict=True))
-        for name in _REQUIRED:
-            if not row[name]:
-                raise DiffsalError(f"{place}: the {name} is empty; fill it in or remove the line")
-        image = path.parent / row.pop("path")
-        if row.get("map"):
-            row["map"] = str(path.parent / row["map"])
-        yield _Row(place, image, image.stem, **row)
+    if not lines:
+        return _Table([], [])
+    first = lines[0][1]
+    if len(first) == 3 and first[0] in _SPLITS:
+        return _Table(["split", "label", "path"], lines)
+    columns = _header(*lines.pop(0))
+    others = sorted(set(columns) - set(_COLUMNS))
+    note = f"{path}: passed over the columns {some_of(others)}"
+    return _Table(columns, lines, (note,) if others else ())
+
+
+def _delimiter(text: str) -> str:
+    """What is most often in the first line: commas, semicolons (of spreadsheets) or tabs."""
+    return max(",;\t", key=text.partition("\n")[0].count)
+
+
+def _row(path: Path, columns: Sequence[str], line: tuple[str, list[str]]) -> _Row:
+    place, values = line
+    if len(values) != len(columns):
+        raise DiffsalError(
+            f"{place}: has {len(values)} fields, not {len(columns)} ({','.join(columns)}); "
+            "complete it, and quote what contains a comma"
+        )
+    cells = zip(columns, values, strict=True)
+    row = {column: value for column, value in cells if column in _COLUMNS}
+    for name in _REQUIRED:
+        if not row[name]:
+            raise DiffsalError(f"{place}: the {name} is empty; fill it in or remove the line")
+    image = path.parent / row.pop("path")
+    if row.get("map"):
+        row["map"] = str(path.parent / row["map"])
+    return _Row(place, image, image.stem, **row)
 
 
 def _header(place: str, columns: list[str]) -> list[str]:
+    columns = [name.lower() for name in columns]
     missing = [name for name in _REQUIRED if name not in columns]
     if missing:
         raise DiffsalError(
@@ -180,13 +255,19 @@ def _header(place: str, columns: list[str]) -> list[str]:
             f"{','.join(columns)!r}; it needs path,label"
         )
     # A misspelt group would go unnoticed and leak from training into validation.
-    wrong = [name for name in columns if name not in _COLUMNS or columns.count(name) > 1]
+    counts = Counter(columns)
+    misspelt = [name for name in counts if name not in _COLUMNS and _is_near_a_column(name)]
+    wrong = misspelt + [name for name in _COLUMNS if counts[name] > 1]
     if wrong:
         raise DiffsalError(
-            f"{place}: the column {wrong[0]!r} is unknown or there twice; "
-            f"the columns are {','.join(_COLUMNS)}, remove others"
+            f"{place}: the column {wrong[0]!r} is misspelt or there twice; "
+            f"the columns are {','.join(_COLUMNS)}, rename others"
         )
     return columns
+
+
+def _is_near_a_column(name: str) -> bool:
+    return bool(difflib.get_close_matches(name[:50], _COLUMNS, n=1, cutoff=0.75))
 
 
 def _class_folders(root: Path) -> Iterator[_Row]:
@@ -235,19 +316,20 @@ def _class_names(path: Path, rows: Sequence[_Row]) -> tuple[str, ...]:
         raise DiffsalError(
             f"{path}: all samples are of one class, {rows[0].label!r}; at least two are needed"
         )
-    return tuple(sorted(names, key=int if all(map(str.isdecimal, names)) else None))
+    numbers = all(name.isdecimal() and len(name) < 100 for name in names)
+    return tuple(sorted(names, key=int if numbers else None))
 
 
-def _check_files(rows: Sequence[_Row]) -> None:
-    places: dict[Path, str] = {}
-    for row in rows:
-        if not row.path.is_file():
-            raise DiffsalError(f"{row.place}: there is no image {row.path}; correct or remove it")
-        if row.map and not Path(row.map).is_file():
-            raise DiffsalError(f"{row.place}: there is no map {row.map}; correct it or leave empty")
-        other = places.setdefault(row.path.resolve(), row.place)
-        if other != row.place:
-            raise DiffsalError(f"{row.place}: {row.path} is named before, in {other}; remove one")
+def _with_files(row: _Row, places: dict[Path, str]) -> _Row:
+    """The row, if its files are there and none of ``places``, which its own then joins."""
+    if not os.path.isfile(row.path):  # unlike the method, False for a name that cannot be
+        raise DiffsalError(f"{row.place}: there is no image {row.path}; correct or remove it")
+    if row.map and not os.path.isfile(row.map):
+        raise DiffsalError(f"{row.place}: there is no map {row.map}; correct it or leave empty")
+    other = places.setdefault(row.path.resolve(), row.place)
+    if other != row.place:
+        raise DiffsalError(f"{row.place}: {row.path} is named before, in {other}; remove one")
+    return row
 
 
 def _sample(row: _Row, classes: tuple[str, ...]) -> Sample:
@@ -267,10 +349,9 @@ def _sample(row: _Row, classes: tuple[str, ...]) -> Sample:
 
 
 def _label(row: _Row, classes: tuple[str, ...]) -> int:
-    if row.label in classes:
-        return classes.index(row.label)
-    if row.label.isdecimal() and int(row.label) < len(classes):
-        return int(row.label)
+    label = class_position(row.label, classes)
+    if label is not None and label < len(classes):
+        return label
     raise DiffsalError(
         f"{row.place}: the class {row.label!r} is unknown; the classes are {', '.join(classes)}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from statistics import fmean
@@ -18,6 +19,7 @@ from diffsal.errors import DiffsalError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_LARGEST = {"mean": 1.0, "std": 10.0}  # a std above 1 is rare, of pixels from 0 to 255 it is 58
 # The share of the resized image that a centre crop keeps in torchvision's ImageNet presets.
 CROP_SHARE = 224 / 256
 # Red's, green's and blue's parts of luminance in 65536ths (ITU-R 601), as in Pillow.
@@ -67,6 +69,9 @@ class Preprocessing:
             raise _bad_field("mean", self.mean, "three finite numbers, or one for grey")
         if not _numbers(self.std, self.channels, int, float) or min(self.std) <= 0:
             raise _bad_field("std", self.std, "three positive finite numbers, or one for grey")
+        for name in ("mean", "std"):
+            if max(getattr(self, name)) > _LARGEST[name]:
+                raise _bad_field(name, getattr(self, name), "of pixels from 0 to 1: divide by 255")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` undoes it."""
@@ -218,7 +223,7 @@ def _numbers(value: object, count: int, *kinds: type) -> bool:
     return (
         isinstance(value, tuple)
         and len(value) == count
-        and all(type(number) in kinds and math.isfinite(number) for number in value)
+        and all(type(number) in kinds and abs(number) <= sys.float_info.max for number in value)
     )
 
 

@@ -1,6 +1,8 @@
 """Explain images: from files to pictures, maps and a manifest that tells all."""
 
 import multiprocessing
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -17,10 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffsal import __version__
-from diffsal.data.images import read_image
+from diffsal.data.images import read_image_with_notes
+from diffsal.data.index import class_position
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.explaining.figures import PANELS, save_figure, save_overlays
+from diffsal.explaining.overlays import reduced
 from diffsal.explaining.records import (
     NOT_FINITE,
     Draft,
@@ -29,6 +33,7 @@ from diffsal.explaining.records import (
     draft,
     failure,
     identity,
+    maps_at_image_size,
 )
 from diffsal.maps.contrast import Choice, class_count
 from diffsal.maps.salience import explain
@@ -39,6 +44,7 @@ from diffsal.system.devices import process_rank, running
 from diffsal.system.files import replacing, write_json
 
 MANIFEST = "manifest.json"
+_LONGEST_STEM = 220  # bytes
 
 Map: TypeAlias = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
 
@@ -149,14 +155,14 @@ def _explain_all(
     map_: Map,
 ) -> Iterator[Record]:
     """One record for each image, in order. No more than a batch is held at a time."""
-    prepare = partial(_prepare, settings.preprocessing)
+    prepare = partial(_prepare, settings)
     write = partial(_write, folder, settings.outputs)
     with tqdm(total=len(inputs), unit="image", disable=None) as progress:
         for start in range(0, len(inputs), settings.batch_size):
             batch = inputs[start : start + settings.batch_size]
             prepared = list(map_(prepare, [path for path, _ in batch]))
             readable = [
-                (path, stem, *pair)
+                (path, stem, pair)
                 for (path, stem), pair in zip(batch, prepared, strict=True)
                 if not isinstance(pair, DiffsalError)
             ]
@@ -167,28 +173,39 @@ def _explain_all(
                 progress.update()
 
 
-def _prepare(
-    preprocessing: Preprocessing, path: Path
-) -> tuple[NDArray[np.uint8], Tensor] | DiffsalError:
-    """The image in its own size, and the model's input; an error is a value, as others go on."""
+@dataclass(frozen=True)
+class _Prepared:
+    """An image, in its own size if overlays want it so, that size, and the model's input."""
+
+    image: NDArray[np.uint8]
+    size: tuple[int, int]
+    tensor: Tensor
+    notes: list[str]
+
+
+def _prepare(settings: Settings, path: Path) -> _Prepared | DiffsalError:
+    """What is held of an image; an error is a value, as others go on."""
     try:
-        image = read_image(path)
-        return image, preprocessing(image)
+        image, notes = read_image_with_notes(path)
+        shown = image if settings.outputs.overlays else reduced(image)
+        size = (image.shape[0], image.shape[1])
+        return _Prepared(shown, size, settings.preprocessing(image), notes)
     except DiffsalError as error:
         return error
 
 
 def _drafts(
-    readable: Sequence[tuple[Path, str, NDArray[np.uint8], Tensor]],
+    readable: Sequence[tuple[Path, str, _Prepared]],
     loaded: LoadedModel,
     settings: Settings,
 ) -> Iterator[Draft]:
     if not readable:
         return
-    maps = _maps(torch.stack([tensor for *_, tensor in readable]), loaded, settings)
+    maps = _maps(torch.stack([one.tensor for *_, one in readable]), loaded, settings)
     names = class_names(settings.classes, class_count(maps.logits))
-    for index, (path, stem, image, _) in enumerate(readable):
-        yield draft(path, stem, image, maps[index], names, settings.preprocessing)
+    for index, (path, stem, one) in enumerate(readable):
+        told = (maps[index], names, settings.preprocessing, one.notes)
+        yield draft(path, stem, one.image, one.size, *told)
 
 
 def _maps(inputs: Tensor, loaded: LoadedModel, settings: Settings) -> SalienceMaps:
@@ -216,7 +233,8 @@ def _write(folder: Path, outputs: Outputs, made: Draft) -> Record:
             save_overlays(folder, made.stem, made.explanation)
         if outputs.maps:
             with replacing(folder / f"{made.stem}.npz") as scratch:
-                np.savez_compressed(scratch, **made.arrays)  # type: ignore[arg-type]
+                arrays = made.arrays | maps_at_image_size(made)
+                np.savez_compressed(scratch, **arrays)  # type: ignore[arg-type]
     except (OSError, DiffsalError) as error:
         return failure(made.path, error)
     return made.record | {"files": outputs.names(made.stem)}
@@ -244,10 +262,9 @@ def _class_choice(name: str | None, classes: Sequence[str] | None) -> Choice:
     """A class by its name or, where no name is so, by its index."""
     if name is None or name in ("runner-up", "rest"):
         return name
-    if classes is not None and name in classes:
-        return list(classes).index(name)
-    if name.isdecimal():
-        return int(name)
+    position = class_position(name, classes or ())
+    if position is not None:
+        return position
     known = ", ".join(classes) if classes else "unknown (name them with --classes)"
     raise DiffsalError(f"no class is called {name!r}: the model's classes are {known}")
 
@@ -255,15 +272,24 @@ def _class_choice(name: str | None, classes: Sequence[str] | None) -> Choice:
 def _stems(images: Sequence[Path], outputs: Outputs) -> list[str]:
     """A name for each image's files, such that no two images share a file."""
     taken: set[str] = set()
+    counts: Counter[str] = (
+        Counter()
+    )  # so that a thousand of one name are not tried a thousand times
     stems = []
     for image in images:
-        stem, count = image.stem, 1
+        own = stem = _fitting(image.stem)
         while not taken.isdisjoint(name.lower() for name in outputs.names(stem)):
-            count += 1
-            stem = f"{image.stem}-{count}"
+            counts[own.lower()] += 1
+            stem = f"{own}-{counts[own.lower()] + 1}"
         taken.update(name.lower() for name in outputs.names(stem))
         stems.append(stem)
     return stems
+
+
+def _fitting(stem: str) -> str:
+    """A stem that leaves room for what follows it: file systems take 255 bytes."""
+    name = os.fsencode(stem)
+    return stem if len(name) <= _LONGEST_STEM else name[:_LONGEST_STEM].decode("utf-8", "ignore")
 
 
 def _check_free(

@@ -34,8 +34,8 @@ class Explanation:
     Attributes:
         title: What was explained, usually the file's name. Titles and names may be any string.
         image: uint8 (H, W, 3), RGB.
-        true: float32 (H, W): the true class's raw map in logits per cell, resized to the image;
-            NaN where the model did not see the image.
+        true: float32 (h, w): the true class's raw map in logits per cell, placed over the image and
+            of its size, or a smaller one of its shape; NaN where the model did not see the image.
         false: The same for the false class.
         difference: The same for true - false.
         cells: (h, w) of the maps as the layer made them.
@@ -57,6 +57,7 @@ class Explanation:
             both class maps are constant.
         outputs_are: ``logits``, or what the model made of them: ``sigmoid``, ``softmax`` and so on.
         caveats: sentences, see :mod:`diffsal.maps.caveats`.
+        size: (H, W) that is told, where `image` is a reduced one.
     """
 
     title: str
@@ -80,6 +81,7 @@ class Explanation:
     common_mode_share: float
     outputs_are: str = "logits"
     caveats: Sequence[str] = ()
+    size: tuple[int, int] | None = None
 
 
 def save_overlays(folder: Path, stem: str, explanation: Explanation) -> list[Path]:
@@ -314,7 +316,7 @@ def _decision(shown: Explanation) -> str:
 
 def _headings(shown: Explanation) -> dict[str, tuple[str, str, str]]:
     """Each cell's title, what stands flush right of it, and its subtitle."""
-    height, width = shown.image.shape[:2]
+    height, width = shown.size or shown.image.shape[:2]
     h, w = shown.cells
     true, false, why = shown.true_name, shown.false_name, _WHY[shown.true_from]
     return {

@@ -1,5 +1,6 @@
 """Maps as colours over an image."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ Map = NDArray[np.float32]
 # the colour-blind. The signed one stops short of its ends, which turn black over dark images.
 _OWN = matplotlib.colormaps["RdYlBu_r"]
 SIGNED = ListedColormap(matplotlib.colormaps["RdBu_r"](np.linspace(0.1, 0.9, 255)))
+_BAND = 1 << 20  # pixels that are coloured at a time
+_ENOUGH = 1_600  # twice the width of the widest panel, and more
 _DARKEST = 0.65  # what black in the image leaves of a colour's brightness
 
 
@@ -53,9 +56,16 @@ class Layer:
         """Colour ``image``, of any size, by the map; leave it as it is where the map is NaN, or
         constant.
         """
-        values = resized(self.values, image.shape[1], image.shape[0])
         if self.is_constant:
             return image
+        height, width = image.shape[:2]
+        tinted = np.empty_like(image)
+        for top, bottom in _bands(height, width):
+            values = _rows_of(self.values, (height, width), top, bottom)
+            tinted[top:bottom] = self._tint(image[top:bottom], values)
+        return tinted
+
+    def _tint(self, image: Pixels, values: Map) -> Pixels:
         span = self.high - self.low
         colours = self.colormap((values - self.low) / span, bytes=True)[..., :3]
         grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32) / 255
@@ -103,6 +113,46 @@ def resized(pixels: NDArray[Any], width: int, height: int) -> NDArray[Any]:
         return pixels
     resample = Image.Resampling.BICUBIC if pixels.ndim == 3 else Image.Resampling.BILINEAR
     return np.asarray(Image.fromarray(pixels).resize((width, height), resample, reducing_gap=3.0))
+
+
+def reduced(image: Pixels) -> Pixels:
+    """An image as large as any figure needs it: unchanged, or 1,600 pixels on its longer side.
+
+    Example:
+        >>> reduced(np.zeros((40, 3_200, 3), np.uint8)).shape
+        (20, 1600, 3)
+    """
+    height, width = drawn_size(*image.shape[:2])
+    return resized(image, width, height)
+
+
+def drawn_size(height: int, width: int) -> tuple[int, int]:
+    """The height and width of what `reduced` makes of an image of this one.
+
+    Example:
+        >>> drawn_size(40, 60), drawn_size(9_400, 9_400)
+        ((40, 60), (1600, 1600))
+    """
+    scale = min(1.0, _ENOUGH / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _bands(height: int, width: int) -> Iterator[tuple[int, int]]:
+    """First and last row of parts that are worked on one at a time, which bounds the memory."""
+    rows = max(1, _BAND // width)
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
+
+
+def _rows_of(values: Map, size: tuple[int, int], top: int, bottom: int) -> Map:
+    """Rows of what `resized` makes of a map at this size (H, W)."""
+    height, width = size
+    if values.shape == size or (top, bottom) == (0, height):
+        return resized(values, width, height)[top:bottom]
+    rows, columns = values.shape
+    box = (0, top * rows / height, columns, bottom * rows / height)
+    part = Image.fromarray(values).resize((width, bottom - top), Image.Resampling.BILINEAR, box)
+    return np.asarray(part)
 
 
 def save_png(path: Path, pixels: Pixels) -> None:

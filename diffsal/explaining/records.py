@@ -1,7 +1,7 @@
 """What is told of an image and of its model, before any file is written."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.explaining.figures import Explanation
+from diffsal.explaining.overlays import drawn_size
 from diffsal.maps.caveats import caveats, is_coarse
 from diffsal.maps.contrast import NO_CLASS, predicted_class
 from diffsal.maps.salience_maps import SalienceMaps, normalize
@@ -36,7 +37,9 @@ class Draft:
         stem: what the names of its files begin with.
         record: its entry in the manifest, without ``files``.
         explanation: what its pictures show.
-        arrays: the content of ``<stem>.npz``.
+        arrays: the content of ``<stem>.npz``, without what `maps_at_image_size` gives.
+        size: of the image, (H, W).
+        preprocessing: what made the model's input of the image.
     """
 
     path: Path
@@ -44,33 +47,42 @@ class Draft:
     record: Record
     explanation: Explanation
     arrays: dict[str, NDArray[Any]]
+    size: tuple[int, int]
+    preprocessing: Preprocessing
 
 
 def draft(
     path: Path,
     stem: str,
     image: NDArray[np.uint8],
+    size: tuple[int, int],
     maps: SalienceMaps,
     names: Sequence[str],
     preprocessing: Preprocessing,
+    notes: Sequence[str] = (),
 ) -> Draft:
     """What is told of one image.
 
     Args:
         path: of the image.
         stem: what the names of its files begin with.
-        image: (H, W, 3), in its own size.
+        image: (H, W, 3), in its own size or reduced.
+        size: its own, (H, W).
         maps: a batch of one, on the CPU.
         names: one per class.
         preprocessing: what made the model's input of the image.
+        notes: sentences on the image itself, told before those on its maps.
     """
     raw = torch.cat([getattr(maps, name) for name in _MAPS])
-    placed = preprocessing.place(raw, image.shape[:2])
-    drawn = preprocessing.place(raw, image.shape[:2], is_coarse(maps.true.shape))
-    told = {"path": str(path)} | _decision(maps, names)
+    drawn = preprocessing.place(raw, drawn_size(*size), is_coarse(maps.true.shape))
+    told: Record = {"path": str(path)} | _decision(maps, names)
+    told["caveats"] = [*notes, *told["caveats"]]
     record = {name: None if value != value else value for name, value in told.items()}  # NaN
-    explanation = _explanation(path.name, image, drawn, maps, told)
-    return Draft(path, stem, record, explanation, _arrays(raw, placed, maps))
+    explanation = replace(_explanation(path.name, image, drawn, maps, told), size=size)
+    arrays = dict(zip(_MAPS, raw.numpy(), strict=True))
+    for name in ("logits", "true_class", "false_class"):
+        arrays[name] = getattr(maps, name)[0].numpy()
+    return Draft(path, stem, record, explanation, arrays, size, preprocessing)
 
 
 def _decision(maps: SalienceMaps, names: Sequence[str]) -> Record:
@@ -117,13 +129,14 @@ def _explanation(
     )
 
 
-def _arrays(raw: Tensor, placed: Tensor, maps: SalienceMaps) -> dict[str, NDArray[Any]]:
-    arrays = dict(zip(_MAPS, raw, strict=True))
-    for name, map_ in zip(_MAPS, placed, strict=True):
-        arrays[f"{name}_normalized"] = _normalize_seen(map_)
-    for name in ("logits", "true_class", "false_class"):
-        arrays[name] = getattr(maps, name)[0]
-    return {name: values.numpy() for name, values in arrays.items()}
+def maps_at_image_size(made: Draft) -> dict[str, NDArray[Any]]:
+    """``true_normalized`` and so on: (H, W) of the image, in [0, 1], NaN where nothing was seen."""
+    return {
+        f"{name}_normalized": _normalize_seen(
+            made.preprocessing.place(torch.from_numpy(made.arrays[name]), made.size)
+        ).numpy()
+        for name in _MAPS
+    }
 
 
 def _normalize_seen(placed: Tensor) -> Tensor:

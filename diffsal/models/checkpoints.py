@@ -3,7 +3,7 @@
 A weights file can name no code but torchvision's and timm's own architectures."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,14 @@ from torch import nn
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.maps.target_layers import TargetLayer, find_target_layer, get_target_layer
-from diffsal.models.architectures import build_model, check_confirmed, check_origin, qualified
+from diffsal.models.architectures import (
+    SOURCES,
+    build_model,
+    check_confirmed,
+    check_origin,
+    qualified,
+)
+from diffsal.models.bounds import building_for, check_numbers, check_plain, check_tensors
 from diffsal.models.fitting import (
     assign,
     current_names,
@@ -221,6 +228,9 @@ def _contents_of(loaded: Any) -> _Contents:
             "target_layer": None | str() as target_layer,
             "state_dict": dict(state),
         }:
+            told = {"arguments": arguments, "classes": classes, "preprocessing": preprocessing}
+            for entry, value in told.items():
+                check_plain(entry, value)
             return _Contents(
                 state=tensors_in(state),
                 architecture=name,
@@ -240,9 +250,12 @@ def _load(
     if is_folder_of_hub(path):
         parts, sha256 = read_folder(path)
         contents = _Contents(**parts)
+        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     else:
         loaded, sha256 = read_weights(path)
         contents = _contents_of(loaded)
+        size = path.stat().st_size
+    check_tensors(contents.state, size)
     architecture = qualified(arch or contents.architecture or recognize(contents.state))
     recorded = contents.architecture is not None
     arguments = (
@@ -251,8 +264,15 @@ def _load(
     check_origin(architecture, arguments, chosen_by_user=arch is not None)
     check_confirmed(architecture, arguments, trusted)
     is_torchvisions = architecture.startswith("torchvision:")
-    with without_initialization() if is_torchvisions else nullcontext():
+    with ExitStack() as bounds:
+        if recorded and architecture.startswith(SOURCES):
+            check_numbers(architecture, arguments)
+            bounds.enter_context(building_for(contents.state))
+        if is_torchvisions:
+            bounds.enter_context(without_initialization())
         model = build_model(architecture, arguments)
+    if not model.state_dict():
+        raise DiffsalError(f"{architecture} has no parameters: name the network that was saved")
     state, notes = strip_wrappers(contents.state, model)
     if is_torchvisions:
         state = current_names(state, model)

@@ -1,7 +1,7 @@
 """A state's tensors into a module: wrappers, old names, and the size of the last layer."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -62,14 +62,19 @@ def name_prefixes(state: State, key: str) -> list[str]:
     return sorted(prefixes, key=lambda prefix: COPIES.search(prefix) is not None)
 
 
-def behind(state: State, prefix: str) -> State:
-    """The entries whose names begin with a prefix, without it.
+def behind_each(state: State, prefixes: Collection[str]) -> dict[str, State]:
+    """For each prefix the entries behind it, without it; all in one pass over the names.
 
     Example:
-        >>> behind({"module.bias": torch.zeros(2), "steps": torch.tensor(3)}, "module.")
-        {'bias': tensor([0., 0.])}
+        >>> behind_each({"a.b.bias": torch.zeros(2)}, ["", "a.", "b."])
+        {'': {'a.b.bias': tensor([0., 0.])}, 'a.': {'b.bias': tensor([0., 0.])}, 'b.': {}}
     """
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    found: dict[str, State] = {prefix: {} for prefix in prefixes}
+    for key, value in state.items():
+        for cut in (0, *(dot.end() for dot in re.finditer(r"\.", key))):
+            if key[:cut] in found:
+                found[key[:cut]][key[cut:]] = value
+    return found
 
 
 def strip_wrappers(state: State, model: nn.Module) -> tuple[State, list[str]]:
@@ -84,11 +89,9 @@ def strip_wrappers(state: State, model: nn.Module) -> tuple[State, list[str]]:
         ['passed over what stands beside the model: steps']
     """
     names = model.state_dict().keys()
-    prefix = max(
-        name_prefixes(state, next(iter(names))),
-        key=lambda prefix: len(names & behind(state, prefix).keys()),
-        default="",
-    )
+    prefixes = name_prefixes(state, next(iter(names)))
+    inside = behind_each(state, prefixes)
+    prefix = max(prefixes, key=lambda prefix: len(names & inside[prefix].keys()), default="")
     beside = [key for key in state if not key.startswith(prefix)]
     layers = [
         key
@@ -104,7 +107,7 @@ def strip_wrappers(state: State, model: nn.Module) -> tuple[State, list[str]]:
             f"({some_of(layers)}): pass --arch package.module:factory that builds them too"
         )
     notes = [f"passed over what stands beside the model: {some_of(beside)}"] if beside else []
-    return behind(state, prefix), notes
+    return inside.get(prefix, dict(state)), notes
 
 
 def current_names(state: State, model: nn.Module) -> State:
@@ -249,6 +252,12 @@ def _place(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer at a dotted name; what is no container on the way becomes a Sequential."""
     parent = model
     *containers, leaf = name.split(".")
+    taken = [part for part in name.split(".") if not part or hasattr(nn.Sequential, part)]
+    if taken:  # torch's own, such as forward
+        raise DiffsalError(
+            f"{name}: no layer can be called {taken[0]!r}; pass --arch package.module:factory "
+            "that builds the network, or rename its parameters"
+        )
     for part in containers:
         child = parent._modules.get(part)
         if not isinstance(child, nn.Sequential):

@@ -1,6 +1,7 @@
 """A folder as Hugging Face's hub has them: transformers' or timm's, read without its code."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from diffsal.data.preprocessing import CROP_SHARE, Preprocessing
 from diffsal.errors import DiffsalError, one_line, some_of
 from diffsal.models.architectures import transformers_module
 from diffsal.models.reading import read_weights, state_dict_in
+from diffsal.system.files import read_text
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _CONFIG = "config.json"
@@ -22,14 +24,18 @@ def is_folder_of_hub(path: Path) -> bool:
     Raises:
         DiffsalError: it is another kind of folder.
     """
-    if (path / "open_clip_config.json").is_file() and not (path / _CONFIG).is_file():
+    if _is_file(path / "open_clip_config.json") and not _is_file(path / _CONFIG):
         raise DiffsalError(
             "is open_clip's, which compares images with texts and has no classes: put a linear "
             "layer on its visual tower in Python, and call diffsal.explain"
         )
-    if path.is_dir() and not (path / _CONFIG).is_file():
+    if os.path.isdir(path) and not _is_file(path / _CONFIG):
         raise DiffsalError(f"is a folder without a {_CONFIG}: name the file of weights in it")
-    return path.is_dir()
+    return os.path.isdir(path)
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # unlike the method, False for a name that is too long
 
 
 def read_folder(path: Path) -> tuple[dict[str, Any], str]:
@@ -38,8 +44,11 @@ def read_folder(path: Path) -> tuple[dict[str, Any], str]:
     Raises:
         DiffsalError: a file is missing or damaged, or is no image classifier's.
     """
+    for file in path.iterdir():
+        if not _is_file(file) and not os.path.isdir(file):  # transformers opens what it finds
+            raise DiffsalError(f"{file.name} is no file: remove it, or save the model there anew")
     config = _json(path / _CONFIG)
-    weights = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
+    weights = next((path / name for name in _WEIGHTS if _is_file(path / name)), None)
     if weights is None:
         raise DiffsalError(f"holds neither {' nor '.join(_WEIGHTS)}: save the model there whole")
     loaded, sha256 = read_weights(weights)
@@ -52,8 +61,12 @@ def _told_by_timm(config: dict[str, Any]) -> dict[str, Any]:
     match config:
         case {
             "architecture": str(name),
-            "pretrained_cfg": {"input_size": [_, height, width], "mean": mean, "std": std} as cfg,
-        }:
+            "pretrained_cfg": {
+                "input_size": [_, height, width],
+                "mean": list(mean),
+                "std": list(std),
+            } as cfg,
+        } if isinstance(config.get("model_args") or {}, dict):
             outputs = config.get("num_classes", cfg.get("num_classes"))
             counted = {} if outputs is None else {"num_classes": outputs}
             names = config.get("label_names") or cfg.get("label_names")
@@ -66,7 +79,9 @@ def _told_by_timm(config: dict[str, Any]) -> dict[str, Any]:
                 "preprocessing": preprocessing,
                 "notes": notes,
             }
-    raise DiffsalError(f"its {_CONFIG} lacks input_size, mean or std: save it anew with timm")
+    raise DiffsalError(
+        f"its {_CONFIG} lacks input_size, mean or std, or has wrong ones: save it anew with timm"
+    )
 
 
 def _read_by_transformers(path: Path) -> dict[str, Any]:
@@ -84,7 +99,11 @@ def _read_by_transformers(path: Path) -> dict[str, Any]:
         raise DiffsalError(f"lacks weights ({some_of(missing)}): save the whole classifier there")
     arguments = json.loads(config.to_json_string(use_diff=True))
     names = tuple(str(config.id2label[output]) for output in range(config.num_labels))
-    preprocessing, notes = _of_processor(path / "preprocessor_config.json")
+    processor = path / "preprocessor_config.json"
+    try:
+        preprocessing, notes = _of_processor(processor)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise DiffsalError(f"{processor.name} has wrong values: {one_line(error)}") from error
     return {
         "state": model.state_dict(),
         "architecture": f"transformers:{arguments.pop('model_type')}",
@@ -108,7 +127,7 @@ def _without_bars(logging: Any) -> Iterator[None]:
 
 def _of_processor(path: Path) -> tuple[Preprocessing | None, list[str]]:
     """What the processor does, as near as `Preprocessing` can; the note says where it differs."""
-    if not path.is_file():
+    if not _is_file(path):
         return None, []
     told = _json(path)
     resized = told.get("size")
@@ -154,8 +173,8 @@ def _height_and_width(size: object, name: str) -> tuple[int, int]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise DiffsalError(f"{path.name} cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise DiffsalError(f"{path.name} is no configuration: save the model there anew")

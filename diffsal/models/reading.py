@@ -3,6 +3,8 @@
 A weights file is data: nothing in it is executed. This module knows no architecture."""
 
 import hashlib
+import io
+import os
 import pickle
 import re
 import zipfile
@@ -15,6 +17,8 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from diffsal.errors import DiffsalError, one_line, some_of
+from diffsal.models.bounds import check_archive, check_pickle
+from diffsal.system.files import open_regular
 
 State: TypeAlias = dict[str, Tensor]
 
@@ -28,6 +32,7 @@ _PICKLED = f"{_SAVE_WEIGHTS.format('model.state_dict()')}, {_IN_PYTHON}"
 # ir_version, then the producer's name, the graph or the operators' version.
 _ONNX = re.compile(rb"\x08[\x01-\x1f][\x12\x3a\x42]")
 _DAMAGED = "is damaged, or no file of PyTorch weights: copy or download it again"
+_PICKLES_BEFORE_1_6 = 5  # a number, the version, the system, the state, the names of its storages
 _PROGRAMS = {  # an archive is told by how the name of one of its members ends
     "/constants.pkl": ("a TorchScript program", "torch.jit.load(PATH).state_dict()"),
     "/archive_format": ("an exported program", "torch.export.load(PATH).state_dict"),
@@ -57,7 +62,7 @@ def read_weights(path: Path) -> tuple[Any, str]:
         {'fc.weight': tensor([[1., 1.]]), 'epoch': 3}
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(256)
             if not start:
                 raise DiffsalError("is empty: copy or download the file again")
@@ -95,13 +100,14 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_torch(file: IO[bytes]) -> Any:
     try:
-        members = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+        members = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
         for ending, (program, state) in _PROGRAMS.items():
-            if any(member.endswith(ending) for member in members):
+            if any(member.filename.endswith(ending) for member in members):
                 raise DiffsalError(
                     f"is {program}, whose layers cannot be watched: {_SAVE_WEIGHTS.format(state)}, "
                     "or load them into the model in Python and call diffsal.explain(model, images)"
                 )
+        _check(file, members)
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
     except DiffsalError:
@@ -110,6 +116,24 @@ def _read_torch(file: IO[bytes]) -> Any:
         return _read_around_objects(file, error)
     except Exception as error:  # whatever the reading of other bytes leads to
         raise DiffsalError(f"{_DAMAGED} ({one_line(error)})") from error
+
+
+def _check(file: IO[bytes], members: list[zipfile.ZipInfo]) -> None:
+    """Refuse what would cost far more than the file is; one that is damaged is left to torch."""
+    check_archive(members, file.seek(0, os.SEEK_END))
+    file.seek(0)
+    try:
+        if members:
+            for member in members:
+                if member.filename.endswith("data.pkl"):
+                    check_pickle(io.BytesIO(zipfile.ZipFile(file).read(member)))
+        else:
+            for _ in range(_PICKLES_BEFORE_1_6):
+                check_pickle(file)
+    except DiffsalError:
+        raise
+    except Exception:
+        return
 
 
 def _read_around_objects(file: IO[bytes], error: Exception) -> Any:

@@ -12,7 +12,7 @@ from torchvision.models.resnet import Bottleneck
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError, some_of
 from diffsal.models.architectures import INCEPTIONS, find_factory, timm_with
-from diffsal.models.fitting import AUXILIARY_HEADS, PASS_ARCH, behind, name_prefixes
+from diffsal.models.fitting import AUXILIARY_HEADS, PASS_ARCH, behind_each, name_prefixes
 from diffsal.models.reading import State
 
 # Every classification model of torchvision: under a key that its family alone has, the number of
@@ -100,8 +100,7 @@ def recognize(state: State) -> str:
         'squeezenet1_1'
     """
     for stem, family in ARCHITECTURES.items():
-        for prefix in name_prefixes(state, stem):
-            own = behind(state, prefix)
+        for own in behind_each(state, name_prefixes(state, stem)).values():
             keys, elements = _backbone_size(own)
             elements += _missing_colours(own.get(_STEMS.get(stem, stem)))
             off = {name: abs(n - elements) for name, (k, n) in family.items() if k == keys}

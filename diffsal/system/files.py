@@ -1,14 +1,77 @@
-"""Files that are either whole or not there: written beside their place, then renamed into it."""
+"""Files that have an end, to read; and to write: whole or not there, renamed into their place."""
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from diffsal.errors import DiffsalError
+from diffsal.errors import DiffsalError, one_line
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; whatever has no end (a pipe, a device, a socket) is refused at once.
+
+    Raises:
+        DiffsalError: it is no regular file; names no path, which callers do.
+        OSError: it cannot be opened.
+
+    Example:
+        >>> open_regular(Path("/dev/zero"))
+        Traceback (most recent call last):
+        diffsal.errors.DiffsalError: is a pipe, device or socket: copy what it gives into a file
+    """
+
+    def without_waiting(name: str, flags: int) -> int:  # opening a pipe waits for its writer
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    file = open(path, "rb", opener=without_waiting)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise DiffsalError("is a pipe, device or socket: copy what it gives into a file")
+    return file
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        DiffsalError: it is no regular file; names no path.
+        OSError, UnicodeDecodeError: it cannot be read.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.txt").write_text("é", encoding="utf-8-sig")
+        ...     read_text(Path(folder, "a.txt"))
+        'é'
+    """
+    with open_regular(path) as file:
+        return file.read().decode("utf-8-sig")
+
+
+def reserve(path: Path) -> None:
+    """Take the room on the disk that a sparse file says it has, before it is mapped into memory.
+
+    Without it, writing to the map of a file on a full disk ends the process (SIGBUS).
+
+    Raises:
+        OSError: there is no room.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "sparse")
+        ...     with file.open("wb") as sparse:
+        ...         _ = sparse.truncate(100_000)
+        ...     reserve(file)
+        ...     file.stat().st_blocks * 512 >= 100_000
+        True
+    """
+    if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def check_writable(folder: Path) -> None:
@@ -17,7 +80,13 @@ def check_writable(folder: Path) -> None:
     Raises:
         DiffsalError: they cannot.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # told below
+    except (OSError, ValueError) as error:  # a name that cannot be
+        raise DiffsalError(f"{folder}: {one_line(error)[:80]}; name another --out") from error
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise DiffsalError(f"{folder}: no folder that can be written to; name another --out")
 
@@ -64,7 +133,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write ``value`` as JSON, on one line for an ``indent`` of ``None``.
 
-    NaN and infinities must have been replaced by None.
+    NaN and infinities must have been replaced by None. What is no UTF-8 in a file's name becomes an
+    escape, which reading turns into the same name again.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -76,4 +146,5 @@ def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
         scratch.write_text(
             json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n",
             encoding="utf-8",
+            errors="backslashreplace",  # a lone surrogate's escape is the same in Python and JSON
         )

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from diffsal.data.datasets import AUGMENTATIONS
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
+from diffsal.system.files import read_text
 from diffsal.training.dynamic_alpha import DynamicAlphaLoss
 from diffsal.training.human_maps import Pool
 from diffsal.training.losses import LOSSES, MapOf, SalienceLoss
@@ -222,10 +223,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         {'method': 'contrast'}
     """
     try:
-        content: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content: dict[str, Any] = tomllib.loads(read_text(Path(path)))
+    except DiffsalError as error:
+        raise DiffsalError(f"{path}: {error}") from error
     except OSError as error:
         raise DiffsalError(f"{path}: {error.strerror}; check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DiffsalError(f"{path}: is no TOML ({error}); correct it") from error
     return content
 

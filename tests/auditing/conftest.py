@@ -6,6 +6,7 @@ import pytest
 import torch
 from auditing.samples import NAMES, loaded_model, model_file, read_rows, settings, write_index
 
+from diffsal.auditing import sampling
 from diffsal.auditing.run import audit
 from diffsal.data.index import read_index
 from diffsal.models.checkpoints import load_model
@@ -34,3 +35,9 @@ class Audited:
 def audited(tmp_path_factory):
     torch.manual_seed(0)
     return Audited(tmp_path_factory.mktemp("audited"))
+
+
+@pytest.fixture(autouse=True)
+def small_rounds(monkeypatch):
+    """Four images for slow tests, where a test does not look at their samples."""
+    monkeypatch.setattr(sampling, "FEWEST", 4)

@@ -141,7 +141,7 @@ def result(tmp_path_factory):
     model = Brightness().eval()
     loaded = replace(loaded_model(folder), model=model, layer=find_target_layer(model))
     index = read_index(folder / "index.csv", classes=("dark", "light"))
-    return audit(index, loaded, folder / "audit", settings(subset=0)), folder / "audit"
+    return audit(index, loaded, folder / "audit", settings()), folder / "audit"
 
 
 def test_places_are_kinds_whichever_class_they_speak_for(result):

@@ -9,6 +9,7 @@ import torch
 from auditing.samples import (
     NAMES,
     PREPROCESSING,
+    BagOfFeatures,
     audit_of,
     loaded_model,
     say,
@@ -28,19 +29,6 @@ from diffsal.fooling.head_shift import head_shift
 from diffsal.maps.target_layers import find_target_layer
 
 NUMBERS = {"above": (0.5, 0.4, 0.6), "open": (0.1, -0.1, 0.3), "below": (-0.5, -0.6, -0.4)}
-
-
-class BagOfFeatures(nn.Module):
-    """No feature sees beyond its cell."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.features = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.ReLU())
-        self.fc = nn.Linear(16, 2)
-
-    def forward(self, images):
-        return self.fc(self.features(images).mean((2, 3)))
 
 
 def inputs_of(index):

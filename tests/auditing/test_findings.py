@@ -102,7 +102,7 @@ def test_words_follow_the_interval(low, high, words, other, monkeypatch):
 
 def test_one_class_only(tmp_path):
     index = read_index(write_index(tmp_path / "data", (6,), maps=False), classes=NAMES[:2])
-    result = audit(index, loaded_model(tmp_path), tmp_path, settings(subset=0))
+    result = audit(index, loaded_model(tmp_path), tmp_path, settings())
     assert result["data"]["classes"] == {"3": 6, "8": 0}
     assert "area under the ROC curve" in {one["what"] for one in result["left_out"]}
     assert not any(n["name"] == "auroc" for f in result["findings"] for n in f["numbers"])
@@ -142,7 +142,7 @@ def test_fifty_classes(tmp_path):
     names = tuple(f"kind {number}" for number in range(50))
     samples = read_index(write_index(tmp_path / "data", (3, 3), maps=False)).samples
     index = Index(tmp_path, names, samples)
-    result = audit(index, loaded, tmp_path / "audit", settings(subset=0))
+    result = audit(index, loaded, tmp_path / "audit", settings())
     assert result["settings"]["outputs"] == 50
     assert "area under the ROC curve" in {one["what"] for one in result["left_out"]}
 
@@ -158,6 +158,6 @@ def test_another_head_is_spoken_of_to_first_order(tmp_path):
 
 def test_a_single_image(tmp_path):
     index = read_index(write_index(tmp_path / "data", (1,), maps=False), classes=NAMES[:2])
-    result = audit(index, loaded_model(tmp_path), tmp_path, settings(subset=1))
+    result = audit(index, loaded_model(tmp_path), tmp_path, settings())
     assert all(n["low"] is None for f in result["findings"] for n in f["numbers"])
     assert say(result, "stress-test").startswith("Could not be applied")

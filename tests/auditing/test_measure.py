@@ -10,8 +10,8 @@ from auditing.samples import NAMES, PREPROCESSING, audit_of, loaded_model, setti
 from PIL import Image
 from torch import nn
 
-import diffsal.auditing.measure
 import diffsal.auditing.run
+import diffsal.auditing.slow
 import diffsal.auditing.stress
 from diffsal.auditing.run import audit
 from diffsal.data.index import read_index
@@ -67,7 +67,7 @@ def test_transplants_are_of_the_other_class(audited):
     maps = explain(model, image, samples[0].label)
     expected = occlusion_faithfulness(maps.difference, drops).item()
     assert audited.table["transplant_difference"][0] == pytest.approx(expected, abs=1e-4)
-    assert (~np.isnan(audited.table["transplant_difference"])).sum() == 2
+    assert not np.isnan(audited.table["transplant_difference"]).any()
 
 
 def test_maps_of_a_pooled_linear_head_add_up(audited):
@@ -90,8 +90,8 @@ def test_human_maps_are_used_where_there_are_some(audited):
 def test_curves_and_areas_agree(audited):
     for name in ("insertion_true", "deletion_difference"):
         curve = audited.json["curves"][name]["mean"]
-        assert len(curve) == 21
-        area = np.trapezoid(curve, dx=1 / 20)
+        assert len(curve) == 11
+        area = np.trapezoid(curve, dx=1 / 10)
         assert area == pytest.approx(audited.table[name].mean(), abs=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_it_is_told_where_the_blank_decides(audited):
 
 def test_randomisation_ends_where_its_column_says(audited):
     course = audited.json["randomisation"]
-    assert course["images"] == (~np.isnan(audited.table["randomised_true"])).sum() == 2
+    assert course["images"] == (~np.isnan(audited.table["randomised_true"])).sum() == 20
     assert len(course["layers"]) == len(course["true"])
     for kind in ("true", "difference"):
         last = np.nanmean(audited.table[f"randomised_{kind}"])
@@ -126,7 +126,7 @@ def test_logits_that_are_not_finite(tmp_path, refused):
     nn.init.constant_(loaded.model.classifier.bias, math.inf)
     index = read_index(write_index(tmp_path / "data", (2, 2), maps=False), classes=NAMES[:2])
     with refused("not finite"):
-        audit(index, loaded, tmp_path, settings(subset=0))
+        audit(index, loaded, tmp_path, settings())
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_errors_of_the_model_in_later_steps(name, error, words, tmp_path, monkey
     def fail(*_arguments, **_options):
         raise error
 
-    module = {"road": diffsal.auditing.measure, "head_shift": diffsal.auditing.stress}[name]
+    module = {"road": diffsal.auditing.slow, "head_shift": diffsal.auditing.stress}[name]
     monkeypatch.setattr(module, name, fail)
     with refused(words):
         audit_of(tmp_path, loaded_model(tmp_path))

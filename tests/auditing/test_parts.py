@@ -17,7 +17,7 @@ def test_parts_are_means_of_their_rows(tmp_path):
         marked.append(f"{line},{subset},{'p1' if number < 6 else f'q{number}'}")
     source.write_text("\n".join(marked))
     index = read_index(source, classes=NAMES[:2])
-    result = audit(index, loaded_model(tmp_path), tmp_path / "audit", settings(subset=0))
+    result = audit(index, loaded_model(tmp_path), tmp_path / "audit", settings())
     parts = {(one["by"], one["name"]): one for one in result["parts"]}
     assert list(parts) == [("class", "3"), ("class", "8"), ("group", "p1")]
     assert [one["images"] for one in parts.values()] == [12, 8, 6]

@@ -54,7 +54,7 @@ def report(tmp_path_factory):
     torch.manual_seed(0)
     index = read_index(write_index(folder / "data", (5, 5)), classes=NAMES[:2])
     loaded = loaded_model(folder)
-    audit(index, loaded, folder, settings(subset=1), loaded)
+    audit(index, loaded, folder, settings(), loaded)
     return folder / "report.html"
 
 

@@ -10,6 +10,7 @@ from auditing.samples import NAMES, loaded_model, settings, write_index
 import diffsal.auditing.measure
 import diffsal.auditing.run
 import diffsal.auditing.stress
+from diffsal.auditing import sampling
 from diffsal.auditing.composites import KINDS
 from diffsal.auditing.rows import COLUMNS
 from diffsal.auditing.run import audit
@@ -28,7 +29,7 @@ def test_files_and_schema_are_documented(audited):
     documented = {*document, *document["model"], *document["data"], *document["settings"]}
     documented |= {*document["randomisation"], *document["reference"], *document["gallery"][0]}
     documented |= {*document["findings"][0], *document["curves"], *document["composites"]}
-    documented |= {*document["parts"][0], *document["clusters"]}
+    documented |= {*document["parts"][0], *document["clusters"], *document["sampling"][0]}
     documented |= {*KINDS, *document["composites"]["kinds"]["same"]}
     documented |= {*document["composites"]["shown"][0]}
     documented |= {*audited.findings, *COLUMNS}
@@ -36,7 +37,8 @@ def test_files_and_schema_are_documented(audited):
     assert not [name for name in documented if f"`{name}`" not in documentation]
 
 
-def test_equal_runs_give_equal_files(audited, tmp_path):
+def test_equal_runs_give_equal_files(audited, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "FEWEST", 20)  # as there
     again = audit(audited.index, audited.loaded, tmp_path, settings())
     assert again["findings"] == audited.result["findings"]
     rows = (tmp_path / "per-image.csv").read_bytes()
@@ -54,8 +56,8 @@ def test_an_interrupted_audit_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(diffsal.auditing.run, "render_report", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        audit(index, loaded_model(tmp_path), folder, settings(subset=0), overwrite=True)
-    assert [path.name for path in folder.iterdir()] == ["report.html"]
+        audit(index, loaded_model(tmp_path), folder, settings(), overwrite=True)
+    assert {path.name for path in folder.iterdir()} == {"report.html", "audit.log"}
     assert (folder / "report.html").read_text() == "earlier"
 
 
@@ -73,8 +75,8 @@ def test_rows_of_an_earlier_reference_do_not_stay(tmp_path, refused):
     index = read_index(write_index(tmp_path / "data", (2, 2), maps=False), classes=NAMES[:2])
     loaded = loaded_model(tmp_path)
     with refused("per-image-reference.csv is there already"):
-        audit(index, loaded, rows.parent, settings(subset=0))
-    audit(index, loaded, rows.parent, settings(subset=0), overwrite=True)
+        audit(index, loaded, rows.parent, settings())
+    audit(index, loaded, rows.parent, settings(), overwrite=True)
     assert not rows.exists()
 
 

@@ -69,7 +69,7 @@ def test_a_head_shifted_model_is_told_apart(audited, tmp_path):
     images = torch.stack([item[0] for item in dataset])
     model = head_shift(audited.loaded.model, [images]).model
     fooled = replace(audited.loaded, model=model, layer=find_target_layer(model))
-    result = audit(audited.index, fooled, tmp_path, settings(subset=0), audited.loaded)
+    result = audit(audited.index, fooled, tmp_path, settings(), audited.loaded)
     by_name = {row["model"]["name"]: row for row in result["reference"]["numbers"]}
     assert by_name["common_mode_share"]["difference"]["low"] > 0
     assert by_name["composite_skill"]["difference"]["mean"] == pytest.approx(0, abs=1e-3)

@@ -93,7 +93,7 @@ def test_from_training_to_a_report(folder):
     assert "has no gamma" in run(*once, "other.pt", "--gamma", 0.3, status=1).stderr
 
     audit = ["audit", "index.csv", "--model", "shifted.pt", "--reference", "run/best.pt"]
-    options = ["--device", "cpu", "--limit", 8, "--subset", 0]
+    options = ["--device", "cpu", "--limit", 8, "--precision", 1]
     found = json.loads(run(*audit, *options, "--out", "audit", "--json").stdout)
     assert found == json.loads(Path("audit/audit.json").read_text())
     assert Path("audit/report.html").read_text().startswith("<!doctype html>")
@@ -185,7 +185,7 @@ def test_a_grey_network_by_every_command(folder, monkeypatch):
     model = ["--model", "run/best.pt", *arch, "--device", "cpu"]
     manifest = json.loads(run("explain", "1.png", *model, "--json").stdout)
     assert manifest["preprocessing"]["channels"] == len(manifest["preprocessing"]["mean"]) == 1
-    run("audit", "index.csv", *model, "--subset", 2, "--out", "audit")
+    run("audit", "index.csv", *model, "--precision", 1, "--out", "audit")
     run("fool", "index.csv", *model, "--epochs", 1, "--out", "fooled.pt")
     again = ["--weights", "run/best.pt", "--size", 32, "--epochs", 1, "--device", "cpu"]
     run("train", "index.csv", *arch, *again, "--method", "cross-entropy", "--out", "again")
@@ -198,19 +198,19 @@ def test_the_classes_assumed_order_is_told(folder):
     torch.save(bare, "bare.pt")
     model = ["--model", "bare.pt", "--device", "cpu"]
     swapped = [*model, "--classes", "well,ill"]
-    wrong = run("audit", "index.csv", *swapped, "--subset", 2, "--out", "wrong").stderr
+    wrong = run("audit", "index.csv", *swapped, "--precision", 1, "--out", "wrong").stderr
     assert "Note: assumed: output 0 = well, output 1 = ill\n" in wrong
     assert "the classes may be in the other order" in wrong
     head_shift = ["--method", "head-shift", "--out", "fooled.pt"]
     assert "in the other order" in run("fool", "index.csv", *swapped, *head_shift).stderr
-    right = run("audit", "index.csv", *model, "--subset", 2, "--out", "right").stderr
+    right = run("audit", "index.csv", *model, "--precision", 1, "--out", "right").stderr
     assert "does not name the classes" in right
     assert "other order" not in right
 
 
 def test_thresholds_of_the_user(folder):
     run("train", "index.csv", "--config", "tiny.toml", "--epochs", 1, "--out", "run")
-    model = ["index.csv", "--model", "run/best.pt", "--device", "cpu", "--subset", 0]
+    model = ["index.csv", "--model", "run/best.pt", "--device", "cpu", "--precision", 1]
     never, always = ["--fail-on", "correct < 0"], ["--fail-on", "correct >= 0"]
     run("audit", *model, "--out", "passes", *never)
     assert 'failures="0"' in Path("passes/junit.xml").read_text()

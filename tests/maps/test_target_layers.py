@@ -359,7 +359,9 @@ def test_a_head_that_begins_at_zero_hides_no_layer() -> None:
         ("swin_tiny_patch4_window7_224", "norm", 7),
         ("vit_tiny_patch16_224", "blocks.11.norm1", 14),
         ("deit_tiny_distilled_patch16_224", "blocks.11.norm1", 14),
-        ("vit_small_patch14_reg4_dinov2", "blocks.11.norm1", 37),
+        pytest.param(
+            *("vit_small_patch14_reg4_dinov2", "blocks.11.norm1", 37), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_timm(name: str, expected: str, side: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchvision import models as torchvision_models
 
+from diffsal.models import bounds
 from diffsal.models.checkpoints import load_model
 from diffsal.models.fitting import without_initialization
 
@@ -29,8 +30,12 @@ def hollow():
 
 
 @pytest.fixture
-def zeros(hollow):
-    """Makes a state of a model's names and shapes, all zero, without memory and disk."""
+def zeros(hollow, monkeypatch):
+    """Makes a state of a model's names and shapes, all zero, without memory and disk.
+
+    Files that name the same zero everywhere are otherwise refused.
+    """
+    monkeypatch.setattr(bounds, "SPARE", 4 << 30)
 
     def zeros(name, **arguments):
         state = hollow(name, **arguments).state_dict()

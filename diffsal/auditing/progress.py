@@ -1,0 +1,84 @@
+"""How far an audit is: bars for who watches, lines in ``audit.log`` for who does not."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+LOG = logging.getLogger("diffsal.auditing")
+_FORM = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+_EVERY = 60.0  # seconds between lines
+
+
+@contextmanager
+def logged(handler: logging.Handler) -> Iterator[None]:
+    """Give the lines to a handler as well, and close it at the end.
+
+    Example:
+        >>> import sys
+        >>> with logged(logging.StreamHandler(sys.stdout)):  # doctest: +ELLIPSIS
+        ...     LOG.info("audit begins")
+        20... audit begins
+    """
+    level = LOG.level
+    handler.setFormatter(_FORM)
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOG.setLevel(level)
+        LOG.removeHandler(handler)
+        handler.close()
+
+
+def log_file(folder: Path) -> logging.Handler:
+    """``audit.log`` in a folder that is made where it is not there; an earlier one is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return logging.FileHandler(folder / "audit.log", mode="w", encoding="utf-8")
+
+
+@contextmanager
+def stage(title: str, images: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; for the log a line each minute, and one at the end.
+
+    Args:
+        title: what is done.
+        images: how many there are to do.
+
+    Yields:
+        What is to be called with how many more are done.
+
+    Example:
+        >>> import sys
+        >>> with logged(logging.StreamHandler(sys.stdout)):  # doctest: +ELLIPSIS
+        ...     with stage("audit", 9) as advance:
+        ...         advance(9)
+        20... audit: 9 of 9 images, 0:00 elapsed
+    """
+    begun = told = time.monotonic()
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal told, done
+        done += more
+        progress.update(more)
+        now = time.monotonic()
+        if done < images and now - told >= _EVERY:
+            told, left = now, (now - begun) / done * (images - done)
+            LOG.info("%s, about %s left", _said(title, done, images, begun), _clock(left))
+
+    with tqdm(total=images, desc=title, unit="image", disable=None) as progress:
+        yield advance
+    LOG.info("%s", _said(title, done, images, begun))
+
+
+def _said(title: str, done: int, images: int, begun: float) -> str:
+    return f"{title}: {done} of {images} images, {_clock(time.monotonic() - begun)} elapsed"
+
+
+def _clock(seconds: float) -> str:
+    return tqdm.format_interval(seconds).removeprefix("0")
