@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.maps.target_layers import TargetLayer, find_target_layer, get_target_layer
 from diffsal.models.architectures import build_model, check_confirmed, check_origin, qualified
+from diffsal.models.equal_bytes import save_equal
 from diffsal.models.fitting import (
     assign,
     current_names,
@@ -137,7 +137,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that `load_model` reads without further options.
 
-    The file appears whole or not at all, and ``torch.load(weights_only=True)`` reads it.
+    The file appears whole or not at all, and ``torch.load(weights_only=True)`` reads it. Equal
+    content gives equal bytes.
 
     Args:
         path: of the file.
@@ -151,6 +152,7 @@ def save_checkpoint(
         extra: more entries of plain types and tensors, such as an optimizer's state.
 
     Example:
+        >>> import torch
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     path, made_by = Path(folder, "weights.pt"), {"architecture": "own.networks:make"}
@@ -173,7 +175,7 @@ def save_checkpoint(
         "state_dict": model.state_dict(),
     }
     with replacing(Path(path)) as scratch:
-        torch.save(checkpoint, scratch)
+        save_equal(checkpoint, scratch)
 
 
 def check_class_order(loaded: LoadedModel, classes: Sequence[str], source: str | Path) -> None:

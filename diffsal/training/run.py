@@ -293,8 +293,9 @@ def _log(
     out: Path, config: TrainingConfig, history: Sequence[Record]
 ) -> Iterator[Callable[[Record], None]]:
     """Logs that hold the finished epochs, and what adds a record to them."""
+    finished = _finished(out / LOG, history)
     with replacing(out / LOG) as scratch:  # without what was logged of an unfinished epoch
-        scratch.write_text("".join(map(_line, history)), encoding="utf-8")
+        scratch.write_text("".join(finished), encoding="utf-8")
     board = _tensorboard(out, len(history)) if config.tensorboard else nullcontext()
     with board as writer, (out / LOG).open("a", encoding="utf-8", buffering=1) as file:
 
@@ -307,6 +308,17 @@ def _log(
                     writer.add_scalar(name, value, record["epoch"])
 
         yield log
+
+
+def _finished(path: Path, history: Sequence[Record]) -> list[str]:
+    """The lines of the finished epochs, with the seconds that the log alone knows."""
+    logged = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = []
+    for record in history:
+        start = _line(record).removesuffix("}\n") + ', "seconds": '
+        whole = (line for line in logged if line.startswith(start) and line.endswith("}"))
+        lines.append(next((f"{line}\n" for line in whole), _line(record)))
+    return lines
 
 
 def _line(record: Record) -> str:
