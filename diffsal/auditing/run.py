@@ -8,7 +8,7 @@ import csv
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ from diffsal.data.index import Index
 from diffsal.errors import DiffsalError
 from diffsal.explaining.records import identity
 from diffsal.models.checkpoints import LoadedModel
-from diffsal.system.files import replacing, write_json
+from diffsal.system.files import replacing, write_json, writing
+from diffsal.system.locks import sole_writer
 
 _REFERENCE_ROWS = "per-image-reference.csv"
 # In the order in which they are written:
@@ -66,29 +67,30 @@ def audit(
     Raises:
         DiffsalError: no images, none that can be read, class names that do not fit a model's
             outputs or their order, a model that does not run on the images, files that are there
-            already.
+            already, another run that is writing to the folder.
     """
     _check_free(folder, overwrite)
-    evidence = gather(index, loaded, settings, reference)
-    gallery = choose_gallery(evidence.measured)
-    document = _document(evidence, gallery)
-    columns = {name: evidence.measured.column(name) for name in COLUMNS}
-    with TemporaryDirectory() as scratch:
-        pictures = (
-            *draw_gallery(gallery, evidence, Path(scratch)),
-            draw_composites(evidence),
-            draw_kinds(evidence, Path(scratch)),
-        )
-        page = render_report(document, columns, *pictures)
+    with sole_writer(folder):
+        evidence = gather(index, loaded, settings, reference)
+        gallery = choose_gallery(evidence.measured)
+        document = _document(evidence, gallery)
+        columns = {name: evidence.measured.column(name) for name in COLUMNS}
+        with writing(Path(gettempdir())), TemporaryDirectory() as scratch:
+            pictures = (
+                *draw_gallery(gallery, evidence, Path(scratch)),
+                draw_composites(evidence),
+                draw_kinds(evidence, Path(scratch)),
+            )
+            page = render_report(document, columns, *pictures)
 
-    _write_rows(folder / "per-image.csv", evidence.measured.rows)
-    if evidence.other is not None:
-        _write_rows(folder / _REFERENCE_ROWS, evidence.other.rows)
-    elif overwrite:
-        (folder / _REFERENCE_ROWS).unlink(missing_ok=True)
-    write_json(folder / "audit.json", document)
-    with replacing(folder / "report.html") as path:
-        path.write_text(page, encoding="utf-8")
+        _write_rows(folder / "per-image.csv", evidence.measured.rows)
+        if evidence.other is not None:
+            _write_rows(folder / _REFERENCE_ROWS, evidence.other.rows)
+        elif overwrite:
+            (folder / _REFERENCE_ROWS).unlink(missing_ok=True)
+        write_json(folder / "audit.json", document)
+        with replacing(folder / "report.html") as path:
+            path.write_text(page, encoding="utf-8")
     return document
 
 

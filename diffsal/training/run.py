@@ -26,7 +26,8 @@ from diffsal.models.architectures import build_model, redraw_fresh_layers
 from diffsal.models.checkpoints import check_class_order, load_model, save_checkpoint
 from diffsal.models.fitting import fit_stem, input_channels
 from diffsal.system.devices import choose_device, process_rank
-from diffsal.system.files import replacing
+from diffsal.system.files import replacing, writing
+from diffsal.system.locks import sole_writer
 from diffsal.training.config import TrainingConfig
 from diffsal.training.loop import Record, TrainingState, fit, is_best, predict
 
@@ -68,15 +69,18 @@ def train(
 
     Raises:
         DiffsalError: ``out`` holds a run and ``resume`` is off, or it is a run of another
-            configuration; a split lacks a class; the method needs human maps and there are none;
-            see :func:`fit`, :func:`diffsal.data.splits.hold_out` and
+            configuration; another run is writing there; a split lacks a class; the method
+            needs human maps and there are none; see :func:`fit`, :func:`diffsal.data.splits.hold_out` and
             :func:`diffsal.models.architectures.build_model`.
     """
     out, device = Path(out), choose_device(config.device)
     index = with_validation(index, config.validation, config.seed)
     for split in ("train", "val"):
         check_split(index, split, config.method)
-    with _process_group(device) as is_first:
+    with (
+        _process_group(device) as is_first,
+        sole_writer(out) if is_first else nullcontext(),
+    ):
         identity = _identity(index, config)
         model, description, state = _begin(out / LAST, index, config, identity, resume, device)
         training = training_set(index, config, description["preprocessing"], read)
@@ -300,7 +304,8 @@ def _log(
     with board as writer, (out / LOG).open("a", encoding="utf-8", buffering=1) as file:
 
         def log(record: Record) -> None:
-            file.write(_line(record))
+            with writing(out / LOG):
+                file.write(_line(record))
             scores = ", ".join(f"{key} {record[key]:.4f}" for key in ("loss", "auroc", "accuracy"))
             tqdm.write(f"epoch {record['epoch']}/{config.epochs}: {scores}", file=sys.stderr)
             if writer is not None:

@@ -1,7 +1,12 @@
 """Shared folders, full disks, killed runs, and cells that a spreadsheet would run."""
 
 import json
-from collections.abc import Iterator
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +16,19 @@ import torch
 from PIL import Image
 from training.samples import TINY
 
+from diffsal.auditing import settings as auditing
+from diffsal.auditing.run import audit
 from diffsal.data.index import Index, read_index
+from diffsal.demo import run_demo
+from diffsal.errors import DiffsalError
+from diffsal.explaining.explanations import Settings, explain_images
 from diffsal.fooling.attack import FINE_TUNING, fool
 from diffsal.models.checkpoints import load_model
+from diffsal.system.files import replacing, write_json
+from diffsal.system.locks import remove_scratch, sole_writer
 from diffsal.training.run import train
 
+Refused = Callable[[str], AbstractContextManager[None]]
 QUICK = replace(TINY, epochs=3, batch_size=8)
 
 
@@ -89,3 +102,123 @@ def test_equal_attacks_leave_equal_bytes(index: Index, tmp_path: Path) -> None:
     for name in ("a.pt", "b.pt"):
         fool(index, honest, tmp_path / name, config=config)
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from diffsal.system.files import replacing
+from diffsal.system.locks import sole_writer
+
+out = Path(sys.argv[1])
+with sole_writer(out), replacing(out / "last.pt") as scratch:
+    scratch.write_text("half")
+    print(flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def another_run(out: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that is writing to ``out``; killed at the end."""
+    command = [sys.executable, "-c", HOLD, out]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield process
+        finally:
+            process.kill()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_has_one_writer_and_a_killed_one_leaves_nothing(
+    index: Index, tmp_path: Path, refused: Refused
+) -> None:
+    out, quick = tmp_path / "run", replace(QUICK, epochs=1)
+    mine = tmp_path / "run" / ".notes.pt"
+    with another_run(out) as other:
+        mine.touch()
+        assert any(name.startswith(".diffsal-") for name in names(out))
+        with refused("run is being written by another run; choose another --out, or wait"):
+            train(index, out, quick)
+        remove_scratch(out)
+        other.kill()
+        other.wait()
+        assert len(names(out)) == 3  # the living one's scratch was let be; now nobody holds it
+        train(index, out, quick)
+    assert names(out) == [".notes.pt", "best.pt", "last.pt", "log.jsonl"]
+
+
+def test_what_writes_to_a_folder_or_a_file_is_alone_there(
+    folder: Path, index: Index, tmp_path: Path, refused: Refused
+) -> None:
+    loaded = load_model(train(index, tmp_path / "run", replace(QUICK, epochs=1)))
+    assert loaded.preprocessing is not None
+    device = torch.device("cpu")
+    calls = {
+        "explained": lambda: explain_images(
+            [folder / "0.png"],
+            loaded,
+            tmp_path / "explained",
+            Settings(loaded.preprocessing, device),
+        ),
+        "audited": lambda: audit(
+            index, loaded, tmp_path / "audited", auditing.Settings(loaded.preprocessing, device)
+        ),
+        "demo": lambda: run_demo(tmp_path / "demo"),
+        "fooled.pt": lambda: fool(index, loaded, tmp_path / "fooled.pt"),
+    }
+    for name, call in calls.items():
+        place = (tmp_path, name) if name.endswith(".pt") else (tmp_path / name, "")
+        with sole_writer(*place), refused(f"{name} is being written by another run"):
+            call()
+        assert names(tmp_path) == ["run"]
+    with sole_writer(tmp_path, "a.pt"), sole_writer(tmp_path, "b.pt"):
+        pass
+
+
+def test_other_processes_of_a_protocol_may_write_to_its_folder(tmp_path: Path) -> None:
+    with replacing(tmp_path / "job.json") as scratch:
+        scratch.write_text("half")
+        (tmp_path / ".diffsal-left.json").touch()
+        remove_scratch(tmp_path)
+        assert names(tmp_path) == [scratch.name]
+    assert names(tmp_path) == ["job.json"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        synced.append((is_file, os.fstat(descriptor).st_size if is_file else names(tmp_path)))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_json(tmp_path / "a.json", 1)
+    assert synced == [(True, 2), (False, ["a.json"])]
+
+
+def test_the_demo_writes_over_nothing_but_an_earlier_demo(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_digits(*_: object) -> None:
+        raise DiffsalError("trains")
+
+    monkeypatch.setattr("diffsal.demo.train_digits", train_digits)
+    (tmp_path / "file").touch()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for place, error in (("file", "no folder"), ("mine", "holds other files, as thesis.tex")):
+        with refused(f"{place}: {error}"):
+            run_demo(tmp_path / place)
+    (tmp_path / "demo").mkdir()
+    for name in ("image.png", "weights.pt"):
+        (tmp_path / "demo" / name).touch()
+    with refused("trains"):
+        run_demo(tmp_path / "demo")
