@@ -70,7 +70,8 @@ def train(
     Raises:
         DiffsalError: ``out`` holds a run and ``resume`` is off, or it is a run of another
             configuration; another run is writing there; a split lacks a class; the method
-            needs human maps and there are none; see :func:`fit`, :func:`diffsal.data.splits.hold_out` and
+            needs human maps and there are none; see :func:`fit`,
+            :func:`diffsal.data.splits.hold_out` and
             :func:`diffsal.models.architectures.build_model`.
     """
     out, device = Path(out), choose_device(config.device)
