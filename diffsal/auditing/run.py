@@ -31,6 +31,7 @@ from diffsal.explaining.records import identity
 from diffsal.models.checkpoints import LoadedModel
 from diffsal.system.files import replacing, write_json, writing
 from diffsal.system.locks import sole_writer
+from diffsal.system.spreadsheets import inert
 
 _REFERENCE_ROWS = "per-image-reference.csv"
 # In the order in which they are written:
@@ -146,6 +147,7 @@ def _data_facts(index: Index, split: str, measured: Measured) -> dict[str, Any]:
         "classes": {
             name: sum(row["label"] == name for row in measured.rows) for name in measured.names
         },
+        "outside": index.outside(measured.samples),
         "with_human_maps": int((~np.isnan(measured.column("marked"))).sum()),
     }
 
@@ -172,4 +174,6 @@ def _write_rows(path: Path, rows: list[Row]) -> None:
         writer = csv.DictWriter(file, ["path", "label", "predicted", *COLUMNS], restval="")
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: "" if v != v else v for k, v in row.items()})  # NaN is not itself
+            writer.writerow(
+                {k: "" if v != v else inert(v) for k, v in row.items()}
+            )  # NaN is not itself

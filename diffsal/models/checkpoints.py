@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from diffsal.data.index import check_distinct
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.maps.target_layers import TargetLayer, find_target_layer, get_target_layer
@@ -223,6 +224,7 @@ def _contents_of(loaded: Any) -> _Contents:
             "target_layer": None | str() as target_layer,
             "state_dict": dict(state),
         }:
+            check_distinct([str(name) for name in classes or ()], "its classes")
             return _Contents(
                 state=tensors_in(state),
                 architecture=name,

@@ -60,8 +60,9 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
         remove_scratch(folder)
         yield
     finally:
+        with suppress(OSError):  # gone, or the folder is
+            path.unlink()
         if descriptor is not None:
-            path.unlink(missing_ok=True)
             os.close(descriptor)
         if is_new:
             with suppress(OSError):  # it is not empty

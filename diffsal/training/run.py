@@ -302,10 +302,10 @@ def _log(
     with replacing(out / LOG) as scratch:  # without what was logged of an unfinished epoch
         scratch.write_text("".join(finished), encoding="utf-8")
     board = _tensorboard(out, len(history)) if config.tensorboard else nullcontext()
-    with board as writer, (out / LOG).open("a", encoding="utf-8", buffering=1) as file:
+    with board as writer:
 
         def log(record: Record) -> None:
-            with writing(out / LOG):
+            with writing(out / LOG), (out / LOG).open("a", encoding="utf-8") as file:
                 file.write(_line(record))
             scores = ", ".join(f"{key} {record[key]:.4f}" for key in ("loss", "auroc", "accuracy"))
             tqdm.write(f"epoch {record['epoch']}/{config.epochs}: {scores}", file=sys.stderr)

@@ -1,7 +1,11 @@
 """Shared folders, full disks, killed runs, and cells that a spreadsheet would run."""
 
+import csv
 import json
 import os
+import re
+import resource
+import shutil
 import stat
 import subprocess
 import sys
@@ -13,17 +17,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from auditing.samples import loaded_model, model_file, settings
+from click.testing import CliRunner
 from PIL import Image
 from training.samples import TINY
 
 from diffsal.auditing import settings as auditing
 from diffsal.auditing.run import audit
+from diffsal.cli.main import main
 from diffsal.data.index import Index, read_index
 from diffsal.demo import run_demo
 from diffsal.errors import DiffsalError
 from diffsal.explaining.explanations import Settings, explain_images
 from diffsal.fooling.attack import FINE_TUNING, fool
 from diffsal.models.checkpoints import load_model
+from diffsal.protocol.formats import written
+from diffsal.protocol.statistics import Estimate, Table
 from diffsal.system.files import replacing, write_json
 from diffsal.system.locks import remove_scratch, sole_writer
 from diffsal.training.run import train
@@ -222,3 +231,124 @@ def test_the_demo_writes_over_nothing_but_an_earlier_demo(
         (tmp_path / "demo" / name).touch()
     with refused("trains"):
         run_demo(tmp_path / "demo")
+
+
+def test_no_cell_of_a_table_is_a_formula(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    files = ["=HYPERLINK(1).png", "@SUM(1).png", "+1.png", "a=b.png", "../-2+3.png"]
+    for number, file in enumerate(files):
+        shutil.copy(folder / f"{number}.png", file)
+    lines = [f"{file},{'+good' if number % 2 else '-1'}" for number, file in enumerate(files)]
+    Path("index.csv").write_text("\n".join(["path,label", *lines]))
+    found = audit(
+        read_index("index.csv"), loaded_model(tmp_path), tmp_path / "audit", settings(subset=0)
+    )
+    with (tmp_path / "audit" / "per-image.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [
+        *("'=HYPERLINK(1).png", "'@SUM(1).png", "'+1.png", "a=b.png", "../-2+3.png")
+    ]
+    assert [row["label"] for row in rows] == ["-1", "'+good", "-1", "'+good", "-1"]
+    margins = [float(row["margin"]) for row in rows]  # numbers are numbers, negative ones too
+    assert min(margins) < 0 or min(-margin for margin in margins) < 0
+    assert found["data"]["outside"] == 1
+    page = (tmp_path / "audit" / "report.html").read_text("utf-8")
+    assert "1 of the images and human maps do not lie in the folder of the index" in page
+
+
+def test_a_protocols_table_has_no_formula_either() -> None:
+    table = Table("auroc", "=task", "", "", ("-0.5", "@a"), (("+b", (Estimate(-0.5),) * 2),))
+    first, second = written([table], "csv").splitlines()[1:]
+    assert first.startswith("auroc,'=task,'+b,-0.5,-0.5,")
+    assert second.startswith("auroc,'=task,'+b,'@a,-0.5,")
+
+
+def test_classes_of_one_name_are_refused(folder: Path, tmp_path: Path, refused: Refused) -> None:
+    with refused("index.csv: 2 classes are called 'top'; name them apart"):
+        read_index(folder / "index.csv", classes=("top", "bottom", "top"))
+    checkpoint = torch.load(model_file(tmp_path / "weights.pt"), weights_only=True)
+    torch.save({**checkpoint, "classes": ["a", "a"]}, tmp_path / "weights.pt")
+    with refused("weights.pt: its classes: 2 classes are called 'a'; name them apart"):
+        load_model(tmp_path / "weights.pt")
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file can be longer than ``size`` bytes; Python ignores the signal, so that writes fail."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+
+
+FULL = r"cannot be written \(File too large\); make room, or name another --out"
+
+
+@pytest.mark.parametrize("size", [1_000, 10_000])
+def test_training_on_a_full_disk_loses_the_epoch_that_it_is_in_and_no_other(
+    index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: Refused,
+    size: int,
+) -> None:
+    stop_after(2, index, tmp_path / "run", monkeypatch)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with disk_of(size), refused(f"run/best.pt: {FULL}"):
+        train(index, tmp_path / "run", QUICK, resume=True)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_log_without_room_is_told(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    monkeypatch.setattr("diffsal.training.run.is_best", lambda *_: False)
+    with disk_of(10), refused(f"run/log.jsonl: {FULL}"):
+        train(index, tmp_path / "run", QUICK)
+
+
+def test_a_folder_that_is_gone_is_told(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    def remove(*_: object) -> bool:
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").touch()
+        return True
+
+    monkeypatch.setattr("diffsal.training.run.is_best", remove)
+    with refused(r"run/best.pt: cannot be written \((File exists|Not a directory)\)"):
+        train(index, tmp_path / "run", QUICK)
+
+
+def test_other_commands_on_a_full_disk_say_so_in_a_line(
+    folder: Path, index: Index, tmp_path: Path
+) -> None:
+    model = str(train(index, tmp_path / "run", replace(QUICK, epochs=1)))
+    given = [str(folder / "index.csv"), "--model", model, "--device", "cpu"]
+    image = [str(folder / "0.png"), *given[1:]]
+    commands = {
+        "a.pt": ["fool", *given, "--epochs", "1", "--out", str(tmp_path / "a.pt")],
+        "audit": ["audit", *given, "--subset", "0", "--out", str(tmp_path / "audit")],
+        "explained": ["explain", *image, "--out", str(tmp_path / "explained")],
+    }
+    for name, command in commands.items():
+        with disk_of(300):
+            result = CliRunner().invoke(main, command)
+        assert result.exit_code == 1, result.output
+        assert isinstance(result.exception, SystemExit)
+        assert re.search("(?m)^Error: .*File too large", result.stderr), result.stderr
+        assert "Traceback" not in result.output
+        assert name == "explained" or names(tmp_path) == ["run"], names(tmp_path)
+
+
+def test_an_output_without_room_is_told(folder: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "diffsal", "layers", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "Error: the output: No space left on device; make room"
