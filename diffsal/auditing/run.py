@@ -174,6 +174,5 @@ def _write_rows(path: Path, rows: list[Row]) -> None:
         writer = csv.DictWriter(file, ["path", "label", "predicted", *COLUMNS], restval="")
         writer.writeheader()
         for row in rows:
-            writer.writerow(
-                {k: "" if v != v else inert(v) for k, v in row.items()}
-            )  # NaN is not itself
+            cells = {k: "" if v != v else inert(v) for k, v in row.items()}  # NaN is not itself
+            writer.writerow(cells)
