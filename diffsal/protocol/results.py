@@ -12,6 +12,7 @@ from diffsal.protocol.job_files import is_whole
 from diffsal.protocol.plots import save_aurocs, save_fooling
 from diffsal.protocol.scores import FOOLING, Score, aurocs
 from diffsal.system.files import read_text
+from diffsal.system.locks import remove_scratch
 
 CONFIGURATION = "protocol.json"
 """The file with the protocol that a folder of results is for, and its hash."""
@@ -117,6 +118,7 @@ def draw(results: Results, out: str | Path, score: Score = "margin") -> list[Pat
         ['tiles-auroc.png']
     """
     folder, paths = Path(out, "plots"), []
+    remove_scratch(folder)
     for task, by_method in aurocs(results.jobs, score).items():
         ordered = {
             name: by_method[name] for name in results.protocol["methods"] if name in by_method
