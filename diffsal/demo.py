@@ -24,12 +24,14 @@ from diffsal.errors import DiffsalError
 from diffsal.models.architectures import build_model
 from diffsal.models.checkpoints import save_checkpoint
 from diffsal.models.pretrained import PRETRAINED, pretrained_efficientnet_lite0
-from diffsal.system.files import replacing
+from diffsal.system.files import check_writable, replacing
+from diffsal.system.locks import sole_writer
 
 CLASSES = ("3", "8")
 ARCHITECTURE = "torchvision:DenseNet"
 ARGUMENTS = {"growth_rate": 16, "block_config": (4, 4), "num_init_features": 32, "num_classes": 2}
 PREPROCESSING = Preprocessing(size=(64, 64), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+_FILES = {"image.png", "china.png", "flower.png", "weights.pt", "explanations"}
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,12 @@ def run_demo(folder: Path, pretrained: bool = False) -> None:
     """Write images and weights to ``folder``, and explain them as a user would.
 
     Raises:
-        DiffsalError: the extra ``pretrained`` is not installed, or the command failed.
+        DiffsalError: ``folder`` holds something or cannot be written to, the extra ``pretrained``
+            is not installed, or the command failed.
     """
-    images, weights = (write_photographs_demo if pretrained else write_digits_demo)(folder)
+    _check_folder(folder)
+    with sole_writer(folder):
+        images, weights = (write_photographs_demo if pretrained else write_digits_demo)(folder)
     names = [image.name for image in images]
     command = ["explain", *names, "--model", weights.name, "--overwrite"]
     print(f"\ncd {folder}\n$ diffsal {shlex.join(command)}", flush=True)
@@ -157,3 +162,12 @@ def run_demo(folder: Path, pretrained: bool = False) -> None:
         raise DiffsalError(f"the demo's own command failed in {folder}: see above")
     for name in names:
         print(f"\nLook at {folder / 'explanations' / name}")
+
+
+def _check_folder(folder: Path) -> None:
+    """See, before it takes time, that the demo writes over nothing but an earlier demo."""
+    check_writable(folder)
+    there = {path.name for path in folder.glob("[!.]*")}
+    if there - _FILES or there == {"weights.pt"}:
+        some = min(there - _FILES or there)
+        raise DiffsalError(f"{folder}: holds other files, as {some}; name an empty --out")

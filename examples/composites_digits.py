@@ -201,7 +201,7 @@ def separation(seeds: Sequence[Mapping[str, Any]], name: str, measure: str) -> f
 def filled(text: str, data: Mapping[str, Any]) -> str:
     """The page with its tables, and how many seeds there are, of the stored numbers alone."""
     seeds = data["seeds"]
-    models = [name for name in MODELS if all(name in one for one in seeds)]
+    models = [name for name in MODELS if any(name in one for one in seeds)]
     tables = {
         "count": [f"{len(seeds)} seeds"],
         "models": _table(
@@ -233,6 +233,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _model_row(seeds: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    every, seeds = len(seeds), _with_model(seeds, name)
+
     def told(measure: str) -> str:
         values = [one[name][measure] for one in seeds]
         return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
@@ -244,16 +246,26 @@ def _model_row(seeds: Sequence[Mapping[str, Any]], name: str) -> list[str]:
         f"{fmean(one[name][key] for one in seeds):.2f}" for key in ("frame_foretold", "frame_moves")
     )
     cells = [told(measure) for measure in ("auroc", "distance", "rectangles", "marked")]
-    return [name, *cells, *areas, frame, told("smoothgrad")]
+    few = "" if len(seeds) == every else f" ({len(seeds)} seeds)"
+    return [name + few, *cells, *areas, frame, told("smoothgrad")]
+
+
+def _with_model(seeds: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    return [one for one in seeds if name in one]
 
 
 def _alarms(seeds: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    seeds = _with_model(seeds, name)
     counts = (sum(one[name][measure] < least for one in seeds) for measure, least in THRESHOLDS)
-    return [name, *map(str, counts)]
+    return [name, *(f"{count} of {len(seeds)}" for count in counts)]
 
 
 def _each(seeds: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    return [name, *(f"{one[name]['rectangles']:.2f}, {one[name]['marked']:.2f}" for one in seeds)]
+    found = [one.get(name) for one in seeds]
+    return [
+        name,
+        *(f"{one['rectangles']:.2f}, {one['marked']:.2f}" if one else "" for one in found),
+    ]
 
 
 def main(arguments: Sequence[str]) -> None:

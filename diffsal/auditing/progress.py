@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from diffsal.system.files import writing
+
 LOG = logging.getLogger("diffsal.auditing")
 _FORM = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
 _EVERY = 60.0  # seconds between lines
@@ -37,8 +39,14 @@ def logged(handler: logging.Handler) -> Iterator[None]:
 
 def log_file(folder: Path) -> logging.Handler:
     """``audit.log`` in a folder that is made where it is not there; an earlier one is replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return logging.FileHandler(folder / "audit.log", mode="w", encoding="utf-8")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return _LogFile(folder / "audit.log", mode="w", encoding="utf-8")
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say nothing: a full disk is told of what matters more, the report."""
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import csv
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, TextIO
 
 import numpy as np
@@ -30,7 +30,9 @@ from diffsal.data.index import Index
 from diffsal.errors import DiffsalError
 from diffsal.explaining.records import identity
 from diffsal.models.checkpoints import LoadedModel
-from diffsal.system.files import replacing, write_json
+from diffsal.system.files import replacing, write_json, writing
+from diffsal.system.locks import sole_writer
+from diffsal.system.spreadsheets import inert
 
 _REFERENCE_ROWS = "per-image-reference.csv"
 # In the order in which they are written:
@@ -69,10 +71,10 @@ def audit(
     Raises:
         DiffsalError: no images, none that can be read, class names that do not fit a model's
             outputs or their order, a model that does not run on the images, files that are there
-            already.
+            already, another run that is writing to the folder.
     """
     _check_free(folder, overwrite)
-    with logged(log_file(folder)):
+    with sole_writer(folder), logged(log_file(folder)):
         LOG.info("audit of %s on %s by diffsal %s", loaded.path, index.source, __version__)
         document = _audit(index, loaded, folder, settings, reference, overwrite)
         LOG.info("written: %s", folder / "report.html")
@@ -91,7 +93,7 @@ def _audit(
     gallery = choose_gallery(evidence.measured)
     document = _document(evidence, gallery)
     columns = {name: evidence.measured.column(name) for name in COLUMNS}
-    with TemporaryDirectory() as scratch:
+    with writing(Path(gettempdir())), TemporaryDirectory() as scratch:
         pictures = (
             *draw_gallery(gallery, evidence, Path(scratch)),
             draw_composites(evidence),
@@ -163,6 +165,7 @@ def _data_facts(index: Index, split: str, measured: Measured) -> dict[str, Any]:
         "classes": {
             name: sum(row["label"] == name for row in measured.rows) for name in measured.names
         },
+        "outside": index.outside(measured.samples),
         "with_human_maps": int((~np.isnan(measured.column("marked"))).sum()),
     }
 
@@ -194,4 +197,5 @@ def _write_rows(path: Path, rows: list[Row]) -> None:
         writer = csv.DictWriter(file, ["path", "label", "predicted", *COLUMNS], restval="")
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: "" if v != v else v for k, v in row.items()})  # NaN is not itself
+            cells = {k: "" if v != v else inert(v) for k, v in row.items()}  # NaN is not itself
+            writer.writerow(cells)

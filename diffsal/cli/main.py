@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from io import TextIOWrapper
 from typing import Any
@@ -19,6 +20,8 @@ from diffsal.cli.protocol import protocol
 from diffsal.cli.train import train
 from diffsal.errors import DiffsalError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class _Commands(click.Group):
     """Turns what users can put right into one line; ``--debug`` shows where it came from."""
@@ -32,6 +35,11 @@ class _Commands(click.Group):
             if ctx.meta.get(DEBUG):
                 raise
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if ctx.meta.get(DEBUG) or error.errno not in _FULL:
+                raise
+            place = error.filename or "the output"
+            raise click.ClickException(f"{place}: {error.strerror}; make room") from error
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -80,6 +80,35 @@ class Index:
         root = self.source if self.source.is_dir() else self.source.parent
         return Path(os.path.relpath(path, root)).as_posix()
 
+    def outside(self, samples: Sequence[Sample]) -> int:
+        """How many of the samples' images and maps have paths that lead out of its folder.
+
+        Example:
+            >>> sample = Sample(Path("data/a.png"), 0, map=Path("data/../maps/a.png"))
+            >>> Index(Path("data/index.csv"), ("intact", "worn"), (sample,)).outside([sample])
+            1
+        """
+        paths = [path for one in samples for path in (one.path, one.map) if path is not None]
+        return sum(self.relative(path).split("/")[0] == ".." for path in paths)
+
+
+def check_distinct(classes: Sequence[str], source: str | Path) -> None:
+    """Refuse classes of one name, which no label and no picture could tell apart.
+
+    Args:
+        classes: names.
+        source: where they are from, for the message.
+
+    Raises:
+        DiffsalError: a name is there twice.
+
+    Example:
+        >>> check_distinct(("intact", "worn"), "index.csv")
+    """
+    for name, count in Counter(classes).items():
+        if count > 1:
+            raise DiffsalError(f"{source}: {count} classes are called {name!r}; name them apart")
+
 
 def class_position(name: str, classes: Sequence[str]) -> int | None:
     """A class by its name or, where no class is called so, by a number; None if neither.
@@ -164,6 +193,7 @@ def read_index(
     if maps is not None:
         rows = _with_maps(rows, Path(maps))
     names = tuple(classes) if classes is not None else _class_names(path, rows)
+    check_distinct(names, path)
     unsplit = [row.place for row in rows if not row.split]
     if 0 < len(unsplit) < len(rows):
         raise DiffsalError(f"{unsplit[0]}: has no split, others have; name all of them or none")

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from diffsal.maps.weightings import Weighting
 from diffsal.models.checkpoints import LoadedModel
 from diffsal.system.devices import process_rank, running
 from diffsal.system.files import replacing, write_json
+from diffsal.system.locks import sole_writer
 
 MANIFEST = "manifest.json"
 _LONGEST_STEM = 220  # bytes
@@ -131,19 +132,21 @@ def explain_images(
         The manifest (``docs/files.md``).
 
     Raises:
-        DiffsalError: what concerns all images: files that are there already, an unknown class, a
-            model that does not run on these inputs or cannot be contrasted.
+        DiffsalError: what concerns all images: files that are there already, another run that is
+            writing to the folder, an unknown class, a model that does not run on these inputs or
+            cannot be contrasted.
     """
     stems = _stems(images, settings.outputs)
     _check_free(images, stems, settings.outputs, folder, overwrite)
     loaded.model.to(settings.device)
     rank, world = process_rank()
     mine = list(zip(images, stems, strict=True))[rank::world]
-    with _mapping(settings.workers) as map_:
-        records = list(_explain_all(mine, loaded, folder, settings, map_))
-    manifest = _manifest(_gathered(records, len(images)), loaded, settings)
-    if rank == 0:
-        write_json(folder / MANIFEST, manifest)
+    with sole_writer(folder) if rank == 0 else nullcontext():
+        with _mapping(settings.workers) as map_:
+            records = list(_explain_all(mine, loaded, folder, settings, map_))
+        manifest = _manifest(_gathered(records, len(images)), loaded, settings)
+        if rank == 0:
+            write_json(folder / MANIFEST, manifest)
     return manifest
 
 

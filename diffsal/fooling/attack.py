@@ -35,6 +35,7 @@ from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.maps.target_layers import TargetLayer, in_copy
 from diffsal.models.checkpoints import LoadedModel, check_class_order, save_checkpoint
 from diffsal.system.devices import choose_device
+from diffsal.system.locks import sole_writer
 from diffsal.training.config import TrainingConfig
 from diffsal.training.loop import Further, Look, auroc, fit
 from diffsal.training.losses import SalienceLoss
@@ -95,40 +96,42 @@ def fool(
     Raises:
         DiffsalError: classes that do not fit the index's; a class without a held-out sample; a
             head-shift with an objective that it cannot reach; a target, a width or a weight for an
-            objective that has none; see :func:`target_map`, :func:`head_shift`,
+            objective that has none; another run that is writing ``out``; see
+            :func:`target_map`, :func:`head_shift`,
             :func:`diffsal.training.loop.fit` and :func:`diffsal.data.splits.with_validation`.
     """
     _check(objective, method, target, width)
     _criterion(objective, config)
     check_class_order(loaded, index.classes, index.source)
-    honest = deepcopy(loaded.model).float().to(choose_device(config.device))
-    layer = in_copy(honest, loaded.target_layer)
-    preprocessing = preprocessing or loaded.preprocessing or Preprocessing()
-    parts = _parts(index, config)
-    plain = ImageDataset([*parts[0], *parts[1]], preprocessing, read=read)
-    first, _ = next(_explained(honest, layer, plain, config))
-    _check_classes(class_count(first.logits), index, parts[1])
-    if MEASURES[objective] is target_distance:
-        pixels = target_map(target, (first.true.shape[1], first.true.shape[2]), width)
-        references = dict.fromkeys((sample.path for sample in plain.samples), pixels.numpy())
-    else:
-        references = _true_maps(honest, layer, plain, config)
-    training, held_out = (
-        ImageDataset(part, preprocessing, read=partial(_with_reference, read, references))
-        for part in parts
-    )
-    fooled, outcome = _attacked(honest, layer, training, held_out, method, objective, config)
-    attack = {"method": method, "objective": objective, "target": str(target)}
-    save_checkpoint(
-        out,
-        fooled,
-        architecture=loaded.architecture,
-        arguments=loaded.arguments,
-        classes=index.classes,
-        preprocessing=preprocessing,
-        target_layer=str(layer),
-        fooling=attack,
-    )
+    with sole_writer(Path(out).parent, Path(out).name):
+        honest = deepcopy(loaded.model).float().to(choose_device(config.device))
+        layer = in_copy(honest, loaded.target_layer)
+        preprocessing = preprocessing or loaded.preprocessing or Preprocessing()
+        parts = _parts(index, config)
+        plain = ImageDataset([*parts[0], *parts[1]], preprocessing, read=read)
+        first, _ = next(_explained(honest, layer, plain, config))
+        _check_classes(class_count(first.logits), index, parts[1])
+        if MEASURES[objective] is target_distance:
+            pixels = target_map(target, (first.true.shape[1], first.true.shape[2]), width)
+            references = dict.fromkeys((sample.path for sample in plain.samples), pixels.numpy())
+        else:
+            references = _true_maps(honest, layer, plain, config)
+        training, held_out = (
+            ImageDataset(part, preprocessing, read=partial(_with_reference, read, references))
+            for part in parts
+        )
+        fooled, outcome = _attacked(honest, layer, training, held_out, method, objective, config)
+        attack = {"method": method, "objective": objective, "target": str(target)}
+        save_checkpoint(
+            out,
+            fooled,
+            architecture=loaded.architecture,
+            arguments=loaded.arguments,
+            classes=index.classes,
+            preprocessing=preprocessing,
+            target_layer=str(layer),
+            fooling=attack,
+        )
     return {"out": str(out), **attack, **outcome}
 
 

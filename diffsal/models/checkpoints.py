@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from diffsal.data.index import check_distinct
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.maps.target_layers import TargetLayer, find_target_layer, get_target_layer
@@ -23,6 +23,7 @@ from diffsal.models.architectures import (
     qualified,
 )
 from diffsal.models.bounds import building_for, check_numbers, check_plain, check_tensors
+from diffsal.models.equal_bytes import save_equal
 from diffsal.models.fitting import (
     assign,
     current_names,
@@ -144,7 +145,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint that `load_model` reads without further options.
 
-    The file appears whole or not at all, and ``torch.load(weights_only=True)`` reads it.
+    The file appears whole or not at all, and ``torch.load(weights_only=True)`` reads it. Equal
+    content gives equal bytes.
 
     Args:
         path: of the file.
@@ -158,6 +160,7 @@ def save_checkpoint(
         extra: more entries of plain types and tensors, such as an optimizer's state.
 
     Example:
+        >>> import torch
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     path, made_by = Path(folder, "weights.pt"), {"architecture": "own.networks:make"}
@@ -180,7 +183,7 @@ def save_checkpoint(
         "state_dict": model.state_dict(),
     }
     with replacing(Path(path)) as scratch:
-        torch.save(checkpoint, scratch)
+        save_equal(checkpoint, scratch)
 
 
 def check_class_order(loaded: LoadedModel, classes: Sequence[str], source: str | Path) -> None:
@@ -231,6 +234,7 @@ def _contents_of(loaded: Any) -> _Contents:
             told = {"arguments": arguments, "classes": classes, "preprocessing": preprocessing}
             for entry, value in told.items():
                 check_plain(entry, value)
+            check_distinct([str(name) for name in classes or ()], "its classes")
             return _Contents(
                 state=tensors_in(state),
                 architecture=name,

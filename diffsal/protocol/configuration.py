@@ -431,5 +431,4 @@ def slug(text: str) -> str:
         >>> slug("contacts + print")
         'contacts-print'
     """
-    """A text as part of a file name."""
     return re.sub(r"[^\w.-]+", "-", text)

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 from diffsal.protocol.statistics import Cell, Table
 from diffsal.protocol.tables import P_VALUE, P_VALUE_HOLM
+from diffsal.system.spreadsheets import inert
 
 Format: TypeAlias = Literal["text", "markdown", "latex", "csv", "json"]
 
@@ -129,7 +130,8 @@ def _as_csv(tables: Sequence[Table]) -> str:
             for column, cell in zip(table.columns, cells, strict=True):
                 if cell is not None:
                     numbers = ("" if one is None else one for one in asdict(cell).values())
-                    writer.writerow([table.name, table.task, name, column, *numbers])
+                    texts = map(inert, (table.name, table.task, name, column))
+                    writer.writerow([*texts, *numbers])
     return buffer.getvalue().rstrip("\n")
 
 

@@ -22,12 +22,13 @@ from diffsal import __version__
 from diffsal.data.datasets import DecodedImages
 from diffsal.data.index import Index
 from diffsal.errors import DiffsalError
-from diffsal.protocol.configuration import Job, Protocol, hash_of
+from diffsal.protocol.configuration import JOBS_FOLDER, Job, Protocol, hash_of
 from diffsal.protocol.experiments import fool_job, train_job
 from diffsal.protocol.results import CONFIGURATION, FORMAT_VERSION, read_json
 from diffsal.protocol.scores import FOOLING
 from diffsal.system.devices import choose_device, process_rank
 from diffsal.system.files import check_writable, write_json
+from diffsal.system.locks import remove_scratch
 
 _CACHE = "cache"
 
@@ -115,6 +116,8 @@ def run(
         raise DiffsalError(f"there is no shard {rank + 1}/{world}; pass one from 1/{world}")
     choose_device(device)
     identity = _freeze(protocol, out)
+    for folder in (out, out / JOBS_FOLDER, out / _CACHE):
+        remove_scratch(folder)
     mine = protocol.jobs()[rank::world]
     missing = [job for job in mine if not (out / job.file).is_file()]
     reads = _decoded(protocol, {job.task for job in missing}, out / _CACHE)

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from diffsal.errors import DiffsalError
 from diffsal.explaining.overlays import overlay
 from diffsal.protocol.scores import ByMethod
 from diffsal.system.files import replacing
@@ -123,8 +124,11 @@ def save_fooling(path: Path, title: str, job: Mapping[str, Any]) -> None:
 
 
 def _decoded(uri: str) -> Any:
-    content = base64.b64decode(uri.partition(",")[2])
-    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    try:
+        content = base64.b64decode(uri.partition(",")[2])
+        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    except (ValueError, OSError) as error:
+        raise DiffsalError("a picture is damaged; remove its job and run again") from error
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from diffsal.errors import DiffsalError
-from diffsal.protocol.configuration import grid, slug
+from diffsal.protocol.configuration import grid, hash_of, slug
+from diffsal.protocol.job_files import is_whole
 from diffsal.protocol.plots import save_aurocs, save_fooling
 from diffsal.protocol.scores import FOOLING, Score, aurocs
+from diffsal.system.files import read_text
+from diffsal.system.locks import remove_scratch
 
 CONFIGURATION = "protocol.json"
 """The file with the protocol that a folder of results is for, and its hash."""
@@ -48,14 +51,18 @@ def read_results(out: str | Path) -> Results:
 
     Example:
         >>> from tempfile import TemporaryDirectory
+        >>> from diffsal.protocol.job_files import COLUMNS
         >>> from diffsal.system.files import write_json
         >>> tasks = {"tiles": {"subsets": [""]}}
         >>> plan = {"seeds": [0, 1], "tasks": tasks, "methods": {"contrast": {}}, "fooling": None}
-        >>> job = {"hash": "0f", "task": "tiles", "method": "contrast", "subset": "", "seed": 0}
+        >>> job = {"task": "tiles", "method": "contrast", "subset": "", "seed": 0}
+        >>> samples = {"path": ["a.png"], "label": [1], "subset": [""]}
+        >>> models = {"contrast": {"logits": [[0, 1]], **dict.fromkeys(COLUMNS, [0.5])}}
         >>> with TemporaryDirectory() as name:
-        ...     write_json(Path(name, "protocol.json"), {"hash": "0f", "protocol": plan})
+        ...     write_json(Path(name, "protocol.json"), {"hash": hash_of(plan), "protocol": plan})
         ...     file = Path(name, "jobs", "tiles--contrast--in-set--seed0.json")
-        ...     write_json(file, {**job, "models": {}})
+        ...     content = {"hash": hash_of(plan), **job, "samples": samples, "models": models}
+        ...     write_json(file, content)
         ...     results = read_results(name)
         >>> len(results.jobs), results.missing
         (1, 1)
@@ -65,6 +72,10 @@ def read_results(out: str | Path) -> Results:
         raise DiffsalError(f"{out}: no {CONFIGURATION} here; run diffsal protocol run first")
     frozen = read_json(out / CONFIGURATION, ("hash", "protocol"))
     protocol = frozen["protocol"]
+    if frozen["hash"] != hash_of(protocol):
+        raise DiffsalError(
+            f"{out / CONFIGURATION}: is damaged; put it back, or run into another --out"
+        )
     subsets = {name: task["subsets"] for name, task in protocol["tasks"].items()}
     with_fooling = protocol[FOOLING] is not None
     planned = grid(protocol["seeds"], subsets, list(protocol["methods"]), with_fooling)
@@ -77,11 +88,13 @@ def read_results(out: str | Path) -> Results:
                 raise DiffsalError(f"{file}: is of another protocol; remove it and run again")
             version = results[-1].get("format_version", 1)
             oldest = FORMAT_VERSION if job.method == FOOLING else 1
-            if not oldest <= version <= FORMAT_VERSION:
+            if type(version) is not int or not oldest <= version <= FORMAT_VERSION:
                 raise DiffsalError(
                     f"{file}: has format {version}, which this diffsal does not read; remove it "
                     "and run again, or read it with the diffsal that wrote it"
                 )
+            if not is_whole(results[-1], job):
+                raise DiffsalError(f"{file}: is damaged; remove it and run again")
     if not results:
         raise DiffsalError(f"{out}: no job is done yet; run diffsal protocol run")
     return Results(protocol, frozen["hash"], tuple(results), len(planned) - len(results))
@@ -105,6 +118,7 @@ def draw(results: Results, out: str | Path, score: Score = "margin") -> list[Pat
         ['tiles-auroc.png']
     """
     folder, paths = Path(out, "plots"), []
+    remove_scratch(folder)
     for task, by_method in aurocs(results.jobs, score).items():
         ordered = {
             name: by_method[name] for name in results.protocol["methods"] if name in by_method
@@ -133,10 +147,9 @@ def read_json(file: Path, keys: Sequence[str]) -> dict[str, Any]:
         ...     read_json(Path(name, "job.json"), ("seed",))
         {'seed': 3}
     """
-    """A JSON object that has some keys."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
         raise DiffsalError(f"{file}: cannot be read ({error}); remove it and run again") from error
     if not isinstance(content, dict) or not {*keys} <= {*content}:
         raise DiffsalError(f"{file}: is damaged; remove it and run again")

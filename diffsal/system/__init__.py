@@ -1,1 +1,1 @@
-"""Files that are whole or not there; where a model runs."""
+"""Files that are whole or not there; one writer for each folder; CSV cells; where a model runs."""

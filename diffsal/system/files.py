@@ -5,11 +5,12 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffsal.errors import DiffsalError, one_line
+from diffsal.system.locks import SCRATCH, holding
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -100,7 +101,7 @@ def replacing(path: Path) -> Iterator[Path]:
     matplotlib choose a format.
 
     Raises:
-        DiffsalError: the folder cannot be made or written to.
+        DiffsalError: the folder cannot be made or written to, or the disk is full.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -110,24 +111,59 @@ def replacing(path: Path) -> Iterator[Path]:
         ...     there_yet, Path(folder, "new", "a.txt").read_text()
         (False, 'whole')
     """
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise DiffsalError(
-            f"{path}: cannot be written ({error.strerror}); name another --out"
-        ) from error
-    os.close(handle)
-    scratch = Path(name)
+        handle, name = tempfile.mkstemp(prefix=SCRATCH, suffix=path.suffix, dir=path.parent)
+        scratch = Path(name)
+        with holding(handle):
+            try:
+                yield scratch
+                umask = os.umask(0)
+                os.umask(umask)
+                scratch.chmod(0o666 & ~umask)  # mkstemp makes private files; ours are ordinary ones
+                _to_disk(scratch)  # or a crash of the system could leave the name without content
+                scratch.replace(path)
+            except BaseException:
+                scratch.unlink(missing_ok=True)
+                raise
+        with suppress(OSError):  # Windows opens no folders
+            _to_disk(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says of a full disk, or of a folder that is gone, into one line.
+
+    Raises:
+        DiffsalError: ``path`` cannot be written.
+
+    Example:
+        >>> try:
+        ...     with writing(Path("a.txt")), Path("/dev/full").open("w") as file:
+        ...         _ = file.write("a")
+        ... except DiffsalError as error:
+        ...     print(error)
+        a.txt: cannot be written (No space left on device); make room, or name another --out
+    """
     try:
-        yield scratch
-        umask = os.umask(0)
-        os.umask(umask)
-        scratch.chmod(0o666 & ~umask)  # mkstemp makes private files; ours are ordinary ones
-        scratch.replace(path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+        yield
+    except (OSError, RuntimeError) as error:
+        # Where writing fails, torch raises a RuntimeError of its own from the OSError.
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError) or reason.errno is None:
+            raise
+        raise DiffsalError(
+            f"{path}: cannot be written ({os.strerror(reason.errno)}); make room, or name another "
+            "--out"
+        ) from error
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:

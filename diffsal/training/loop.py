@@ -52,7 +52,8 @@ class TrainingState:
         optimizer: SGD, of the parameters that require gradients.
         scheduler: of its learning rate, once an epoch.
         scaler: of the loss; idle but for fp16.
-        history: the records of the epochs that are done.
+        history: the records of the epochs that are done, without their seconds: equal runs have
+            equal states.
 
     Example:
         >>> state = TrainingState(nn.Linear(2, 2), TrainingConfig(lr=0.1))
@@ -121,8 +122,8 @@ def fit(
         target_layer: where maps are taken; ``None``: it is found.
         further: called after the criterion in every step; it may run the model again, in the same
             mode and precision. ``None``: the criterion is all.
-        state: of a run to go on with; ``None``: a new one. It holds the record when that is
-            yielded.
+        state: of a run to go on with; ``None``: a new one. It holds the record, but for the
+            seconds, when that is yielded.
         progress: show a bar on stderr, if that is a terminal.
 
     Yields:
@@ -195,9 +196,8 @@ def fit(
         if validation and held_out:
             logits = _predict(model, _bar(held_out, "validation", progress), config)
             record |= _scores(logits, validation, f"epoch {epoch}")
-        record["seconds"] = time.perf_counter() - started
         state.history.append(record)
-        yield record
+        yield {**record, "seconds": time.perf_counter() - started}
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):

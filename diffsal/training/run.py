@@ -26,7 +26,8 @@ from diffsal.models.architectures import build_model, redraw_fresh_layers
 from diffsal.models.checkpoints import check_class_order, load_model, save_checkpoint
 from diffsal.models.fitting import fit_stem, input_channels
 from diffsal.system.devices import choose_device, process_rank
-from diffsal.system.files import replacing
+from diffsal.system.files import replacing, writing
+from diffsal.system.locks import sole_writer
 from diffsal.training.config import TrainingConfig
 from diffsal.training.loop import Record, TrainingState, fit, is_best, predict
 
@@ -68,15 +69,19 @@ def train(
 
     Raises:
         DiffsalError: ``out`` holds a run and ``resume`` is off, or it is a run of another
-            configuration; a split lacks a class; the method needs human maps and there are none;
-            see :func:`fit`, :func:`diffsal.data.splits.hold_out` and
+            configuration; another run is writing there; a split lacks a class; the method
+            needs human maps and there are none; see :func:`fit`,
+            :func:`diffsal.data.splits.hold_out` and
             :func:`diffsal.models.architectures.build_model`.
     """
     out, device = Path(out), choose_device(config.device)
     index = with_validation(index, config.validation, config.seed)
     for split in ("train", "val"):
         check_split(index, split, config.method)
-    with _process_group(device) as is_first:
+    with (
+        _process_group(device) as is_first,
+        sole_writer(out) if is_first else nullcontext(),
+    ):
         identity = _identity(index, config)
         model, description, state = _begin(out / LAST, index, config, identity, resume, device)
         training = training_set(index, config, description["preprocessing"], read)
@@ -293,13 +298,15 @@ def _log(
     out: Path, config: TrainingConfig, history: Sequence[Record]
 ) -> Iterator[Callable[[Record], None]]:
     """Logs that hold the finished epochs, and what adds a record to them."""
+    finished = _finished(out / LOG, history)
     with replacing(out / LOG) as scratch:  # without what was logged of an unfinished epoch
-        scratch.write_text("".join(map(_line, history)), encoding="utf-8")
+        scratch.write_text("".join(finished), encoding="utf-8")
     board = _tensorboard(out, len(history)) if config.tensorboard else nullcontext()
-    with board as writer, (out / LOG).open("a", encoding="utf-8", buffering=1) as file:
+    with board as writer:
 
         def log(record: Record) -> None:
-            file.write(_line(record))
+            with writing(out / LOG), (out / LOG).open("a", encoding="utf-8") as file:
+                file.write(_line(record))
             scores = ", ".join(f"{key} {record[key]:.4f}" for key in ("loss", "auroc", "accuracy"))
             tqdm.write(f"epoch {record['epoch']}/{config.epochs}: {scores}", file=sys.stderr)
             if writer is not None:
@@ -307,6 +314,17 @@ def _log(
                     writer.add_scalar(name, value, record["epoch"])
 
         yield log
+
+
+def _finished(path: Path, history: Sequence[Record]) -> list[str]:
+    """The lines of the finished epochs, with the seconds that the log alone knows."""
+    logged = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = []
+    for record in history:
+        start = _line(record).removesuffix("}\n") + ', "seconds": '
+        whole = (line for line in logged if line.startswith(start) and line.endswith("}"))
+        lines.append(next((f"{line}\n" for line in whole), _line(record)))
+    return lines
 
 
 def _line(record: Record) -> str:
