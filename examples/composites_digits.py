@@ -91,6 +91,7 @@ MODELS: dict[str, Made] = {
     "shortcut at the edges: control": Made("shortcut", "control"),
 }
 HONEST = ("honest", "control")
+TELLING = ("rectangles", "marked", "seam gap")
 THRESHOLDS = (("rectangles", 0.1), ("marked", 0.1), ("smoothgrad", 0.3))
 """Below which a reader might say that something is wrong; for the table of false alarms."""
 
@@ -195,7 +196,12 @@ def run_seed(folder: Path, seed: int) -> None:
 def separation(seeds: Sequence[Mapping[str, Any]], name: str, measure: str) -> float:
     """Area under the ROC curve: controls against a kind of fooled model, over the seeds."""
     control = "blank border: control" if name.startswith("blank") else "control"
-    return told_by_low(*([one[kind][measure] for one in seeds] for kind in (name, control)))
+    return told_by_low(*([_value(one[kind], measure) for one in seeds] for kind in (name, control)))
+
+
+def _value(found: Mapping[str, float], measure: str) -> float:
+    """A measure, or by how much the skill of soft seams exceeds that of sharp ones."""
+    return found["feathered"] - found["rectangles"] if measure == "seam gap" else found[measure]
 
 
 def filled(text: str, data: Mapping[str, Any]) -> str:
@@ -207,7 +213,8 @@ def filled(text: str, data: Mapping[str, Any]) -> str:
         "models": _table(
             (
                 *("model", "AUROC", "distance", "skill, rectangles", "skill, marked"),
-                *("area, rectangles", "area, marked", "frame, foretold / actual", "SmoothGrad"),
+                *("skill, soft seams", "area, rectangles", "area, marked", "area, seam gap"),
+                *("frame, foretold / actual", "SmoothGrad"),
             ),
             [_model_row(seeds, name) for name in models],
         ),
@@ -239,13 +246,14 @@ def _model_row(seeds: Sequence[Mapping[str, Any]], name: str) -> list[str]:
         values = [one[name][measure] for one in seeds]
         return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
-    areas = ["", ""]
+    areas = [""] * len(TELLING)
     if not name.endswith(HONEST):
-        areas = [f"{separation(seeds, name, one):.2f}" for one in ("rectangles", "marked")]
+        areas = [f"{separation(seeds, name, one):.2f}" for one in TELLING]
     frame = " / ".join(
         f"{fmean(one[name][key] for one in seeds):.2f}" for key in ("frame_foretold", "frame_moves")
     )
-    cells = [told(measure) for measure in ("auroc", "distance", "rectangles", "marked")]
+    measures = ("auroc", "distance", "rectangles", "marked", "feathered")
+    cells = [told(measure) for measure in measures]
     few = "" if len(seeds) == every else f" ({len(seeds)} seeds)"
     return [name + few, *cells, *areas, frame, told("smoothgrad")]
 

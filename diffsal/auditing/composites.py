@@ -130,8 +130,8 @@ def composite_test(
     """Run the composite test on at most 100 images, half of each class; or why it cannot be run."""
     if class_count(torch.stack(measured.logits)) != 2:
         return "it sets one class against one other, and the model tells more than two apart"
-    read = _read(_drawn(measured, settings.seed), loaded, settings)
     try:
+        read = _read(_drawn(measured, settings.seed), loaded, settings)
         found = {kind: _run(kind, read, loaded.model, settings) for kind in KINDS}
     except DiffsalError as error:
         return str(error)
@@ -179,6 +179,8 @@ def _read(samples: list[Sample], loaded: LoadedModel, settings: Settings) -> _Im
         of_maps = (one.cpu() for one in (batch.labels, maps.difference, maps.margin, own))
         kept += batch.samples
         parts.append((batch.inputs, *of_maps))
+    if not kept:
+        raise DiffsalError("its images could not be read again")
     return _Images(kept, *map(torch.cat, zip(*parts, strict=True)))
 
 

@@ -134,7 +134,12 @@ def _tests(measured: Measured, loaded: LoadedModel, settings: Settings) -> list[
             partial(_occlusion, model, settings, occluders, donors),
             by_class=["occlusion_difference"],
         ),
-        SlowTest("input-level", ["smoothgrad"], partial(_gradients, loaded, settings)),
+        SlowTest(
+            "input-level",
+            ["smoothgrad"],
+            partial(_gradients, loaded, settings),
+            others=["receptive_share"],
+        ),
         SlowTest(
             "insertion-deletion", ["insertion", "deletion"], partial(_curves, model, settings)
         ),

@@ -179,6 +179,11 @@ def compare(
             f"{plan.region.shape[1]} × {plan.region.shape[2]}: plan with maps of the same grid"
         )
     actual = _numbers(actual)
+    if len(plan) and (most := int(torch.cat([plan.receiver, plan.donor]).max())) >= len(maps):
+        raise DiffsalError(
+            f"the plan names image {most}, and there are maps of {len(maps)}: pass those of all "
+            "images that it was made for"
+        )
     if actual.shape != (len(plan),):
         raise DiffsalError(
             f"margins of shape {tuple(actual.shape)} do not fit {len(plan)} composites: pass what "

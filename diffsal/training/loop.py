@@ -91,7 +91,7 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        self.history = list(state["history"])
+        self.history = [dict(record) for record in state["history"]]
 
 
 def fit(

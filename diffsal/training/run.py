@@ -26,7 +26,7 @@ from diffsal.models.architectures import build_model, redraw_fresh_layers
 from diffsal.models.checkpoints import check_class_order, load_model, save_checkpoint
 from diffsal.models.fitting import fit_stem, input_channels
 from diffsal.system.devices import choose_device, process_rank
-from diffsal.system.files import replacing, writing
+from diffsal.system.files import open_regular, replacing, writing
 from diffsal.system.locks import sole_writer
 from diffsal.training.config import TrainingConfig
 from diffsal.training.loop import Record, TrainingState, fit, is_best, predict
@@ -193,7 +193,10 @@ def _begin(
         model, description = _saved_model(path, config)
     state = TrainingState(model.to(device), config)
     if checkpoint is not None:
-        state.load_state_dict(checkpoint["training"])
+        try:
+            state.load_state_dict(checkpoint["training"])
+        except Exception as error:  # a foreign state makes torch raise almost anything
+            raise _damaged(path) from error
     return model, description, state
 
 
@@ -278,19 +281,24 @@ def _read_run(path: Path, resume: bool, identity: Mapping[str, Any]) -> dict[str
     if not resume:
         raise DiffsalError(f"{path.parent}: holds a run; --resume it, or choose another --out")
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise almost anything
-        raise DiffsalError(
-            f"{path}: is damaged and cannot be resumed; remove it to begin anew"
-        ) from error
-    started = checkpoint.get("run", {})
+        raise _damaged(path) from error
+    started = checkpoint.get("run") if isinstance(checkpoint, dict) else None
+    if not isinstance(started, dict):
+        raise _damaged(path)
     for name, value in identity.items():
-        if started.get(name) != value:
+        if type(started.get(name)) is not type(value) or started[name] != value:
             raise DiffsalError(
                 f"{path}: its run has {name} {started.get(name)!r}, not {value!r}; "
                 "resume with what it was started with, or choose another --out"
             )
     return checkpoint
+
+
+def _damaged(path: Path) -> DiffsalError:
+    return DiffsalError(f"{path}: is damaged and cannot be resumed; remove it to begin anew")
 
 
 @contextmanager

@@ -139,6 +139,15 @@ def test_where_it_cannot_be_run_the_report_says_why(tmp_path, per_class, outputs
     assert result["composites"] is None
 
 
+def test_images_that_vanish_after_the_first_reading_are_told(tmp_path):
+    index = read_index(write_index(tmp_path / "data", (3, 3), maps=False), classes=NAMES[:2])
+    loaded = loaded_model(tmp_path)
+    measured = measure_samples(index.samples, index, loaded, settings(), "")
+    for sample in index.samples:
+        sample.path.unlink()
+    assert composite_test(measured, loaded, settings()) == "its images could not be read again"
+
+
 def test_one_logit(tmp_path):
     result = audit_of(tmp_path, loaded_model(tmp_path, outputs=1))
     assert -5 < result["composites"]["kinds"]["rectangles"]["skill"] <= 1

@@ -58,7 +58,8 @@ def test_a_sample_is_as_large_as_its_intervals_need(many, monkeypatch, precision
     order = balanced_order([sample.label for sample in measured.samples], seed=0)
     column = measured.column("smoothgrad_difference")
     assert sorted(order[: told["images"]]) == np.flatnonzero(~np.isnan(column)).tolist()
-    numbers = measured.per_map("smoothgrad", "", "").values()
+    numbers = [*measured.per_map("smoothgrad", "", "").values()]
+    numbers.append(measured.number("receptive_share", "", ""))
     reached = max((one["high"] - one["low"]) / 2 for one in numbers)
     assert told["half_width"] == reached
     assert told["narrow"] == (reached <= precision)

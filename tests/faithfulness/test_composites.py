@@ -431,6 +431,8 @@ def test_errors_are_one_line(refused, convnet):
         compare(plan, maps, margins[:7], actual)
     with refused("3 × 6 cells do not fit regions of 4 × 6"):
         compare(plan, maps[:, :3], margins, actual)
+    with refused("the plan names image 7, and there are maps of 6: pass those of all"):
+        compare(plan, maps[:6], margins[:6], actual)
     with refused("do not fit 40 composites"):
         compare(plan, maps, margins, actual[:5])
     with refused("does not fit images of 2 × 24 pixels"):

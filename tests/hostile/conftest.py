@@ -5,9 +5,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from diffsal.data.index import Index, read_index
 from diffsal.models.architectures import build_model
 from diffsal.models.checkpoints import save_checkpoint
 from diffsal.models.fitting import without_initialization
@@ -52,3 +55,27 @@ def plain_state() -> dict[str, torch.Tensor]:
     with without_initialization():
         model = models.shufflenet_v2_x0_5(num_classes=2)
     return {key: torch.ones(value.shape) for key, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 noisy images, bright at the top or at the bottom, each with a human map."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    lines = ["path,label,map,split"]
+    for number in range(16):
+        bright = np.zeros((32, 32), np.uint8)
+        bright[slice(16) if number % 2 else slice(16, None)] = 255
+        noise = generator.integers(0, 160, (32, 32), np.uint8)
+        Image.fromarray(noise + bright // 4).save(folder / f"{number}.png")
+        Image.fromarray(bright).save(folder / f"map{number}.png")
+        split = "train" if number < 8 else "val" if number < 12 else "test"
+        label = "top" if number % 2 else "bottom"
+        lines.append(f"{number}.png,{label},map{number}.png,{split}")
+    (folder / "index.csv").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(folder: Path) -> Index:
+    return read_index(folder / "index.csv")

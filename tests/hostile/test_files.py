@@ -14,12 +14,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from auditing.samples import loaded_model, model_file, settings
 from click.testing import CliRunner
-from PIL import Image
 from training.samples import TINY
 
 from diffsal.auditing import settings as auditing
@@ -47,30 +45,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 noisy images, bright at the top or at the bottom, each with a human map."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    lines = ["path,label,map,split"]
-    for number in range(16):
-        bright = np.zeros((32, 32), np.uint8)
-        bright[slice(16) if number % 2 else slice(16, None)] = 255
-        noise = generator.integers(0, 160, (32, 32), np.uint8)
-        Image.fromarray(noise + bright // 4).save(folder / f"{number}.png")
-        Image.fromarray(bright).save(folder / f"map{number}.png")
-        split = "train" if number < 8 else "val" if number < 12 else "test"
-        label = "top" if number % 2 else "bottom"
-        lines.append(f"{number}.png,{label},map{number}.png,{split}")
-    (folder / "index.csv").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture
-def index(folder: Path) -> Index:
-    return read_index(folder / "index.csv")
 
 
 def stop_after(epochs: int, index: Index, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
