@@ -195,6 +195,8 @@ def _begin(
     if checkpoint is not None:
         try:
             state.load_state_dict(checkpoint["training"])
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a foreign state makes torch raise almost anything
             raise _damaged(path) from error
     return model, description, state
@@ -289,12 +291,19 @@ def _read_run(path: Path, resume: bool, identity: Mapping[str, Any]) -> dict[str
     if not isinstance(started, dict):
         raise _damaged(path)
     for name, value in identity.items():
-        if type(started.get(name)) is not type(value) or started[name] != value:
+        if not _is_same(started.get(name), value):
             raise DiffsalError(
                 f"{path}: its run has {name} {started.get(name)!r}, not {value!r}; "
                 "resume with what it was started with, or choose another --out"
             )
     return checkpoint
+
+
+def _is_same(started: Any, value: Any) -> bool:
+    try:
+        return bool(started == value)
+    except RuntimeError:  # tensors, which are no setting
+        return False
 
 
 def _damaged(path: Path) -> DiffsalError:

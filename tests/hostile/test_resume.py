@@ -74,3 +74,9 @@ def test_no_checkpoint_at_all_is_one_line(
     (tmp_path / "last.pt").write_bytes(content)
     with refused("last.pt: is damaged and cannot be resumed; remove it to begin anew"):
         train(index, tmp_path, QUICK, resume=True)
+
+
+def test_numbers_that_are_equal_are_the_same_setting(index: Index, tmp_path: Path) -> None:
+    """A TOML file says 1, the command line makes 1.0 of it."""
+    train(index, tmp_path, replace(QUICK, momentum=0))
+    train(index, tmp_path, replace(QUICK, momentum=0.0), resume=True)
