@@ -38,6 +38,15 @@ def _same_start_and_grad_mode_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums are then in one order, in this process and in those that the test starts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def refused() -> Callable[[str], AbstractContextManager[None]]:
     """``with refused(pattern):`` expects the error that users see: our own, and one line."""
 

@@ -275,9 +275,8 @@ def _class_choice(name: str | None, classes: Sequence[str] | None) -> Choice:
 def _stems(images: Sequence[Path], outputs: Outputs) -> list[str]:
     """A name for each image's files, such that no two images share a file."""
     taken: set[str] = set()
-    counts: Counter[str] = (
-        Counter()
-    )  # so that a thousand of one name are not tried a thousand times
+    # Or a thousand images of one name would be tried a thousand times each.
+    counts: Counter[str] = Counter()
     stems = []
     for image in images:
         own = stem = _fitting(image.stem)

@@ -66,21 +66,18 @@ def markdown(table: Table) -> str:
 
 def number(results: Mapping[str, Any], name: str, table: str, row: str, column: str) -> str:
     """A cell as the table shows it."""
-    cell = dict(zip(*_row(tables(results[name])[table], row), strict=True))[column]
+    found = tables(results[name])[table]
+    cell = dict(zip(found.columns, dict(found.rows)[row], strict=True))[column]
     one = Table(table, "", "", "", (column,), (("", (cell,)),))
     return written([one], "markdown").splitlines()[4].strip("| ")
-
-
-def _row(table: Table, row: str) -> tuple[Sequence[str], Sequence[Any]]:
-    return table.columns, dict(table.rows)[row]
 
 
 def store(name: str, folder: str, command: str) -> None:
     """Keep the tables of a folder of `diffsal protocol run`, as far as it has come."""
     found = read_results(folder)
-    tables = make_tables(found.protocol, found.jobs, "margin", None)
+    made = json.loads(written(make_tables(found.protocol, found.jobs, "margin", None), "json"))
     head = {"format": "diffsal-results", "format_version": 1, "command": command}
-    write_json(HERE / f"{name}.json", head | {"tables": json.loads(written(tables, "json"))})
+    write_json(HERE / f"{name}.json", head | {"tables": made})
 
 
 def main(arguments: Sequence[str]) -> None:

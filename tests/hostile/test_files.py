@@ -39,12 +39,7 @@ Refused = Callable[[str], AbstractContextManager[None]]
 QUICK = replace(TINY, epochs=3, batch_size=8)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stop_after(epochs: int, index: Index, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,9 @@
 """Images with human maps, as files."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from diffsal.data.index import Index, read_index
@@ -24,12 +22,8 @@ def net():
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums are then in one order, in this process and in those that the tests start."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """In all tests of training."""
 
 
 @pytest.fixture(scope="module")
