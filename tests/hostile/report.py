@@ -56,13 +56,15 @@ def renewed(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| attack | tries | failures | worst time | worst memory |", "|---|---|---|---|---|"]
     for row in rows:
         names = ("tries", "failures", "worst_seconds", "worst_mb")
-        tries, failures, seconds, memory = (_short(row.get(name, "died")) for name in names)
+        tries, failures, seconds, memory = (
+            _short(row[name]) if name in row else "died" for name in names
+        )
         lines.append(f"| {row['kind']} | {tries} | {failures} | {seconds} s | {memory} MB |")
     return before + BEGIN + "\n".join(lines) + END + behind
 
 
 def _short(number: Any) -> str:
-    return f"{number:.2g}" if isinstance(number, float) and number < 100 else f"{number}"
+    return f"{number:.2g}" if isinstance(number, float) and number < 10 else f"{number:.0f}"
 
 
 def one(kind: str) -> None:
