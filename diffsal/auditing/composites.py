@@ -40,7 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """What is pasted, as arguments of :func:`plan_composites`; what is left out is as in the first."""
 _MOST = 100  # images, as many of each class: beyond these intervals narrow slowly
-PER_IMAGE = 4  # composites of each kind
+PER_IMAGE = 3  # composites of each kind
 _PICTURED = (25, 50, 75)  # percentiles of the prediction's error
 
 

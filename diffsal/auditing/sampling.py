@@ -8,9 +8,9 @@ import numpy as np
 
 from diffsal.auditing.rows import Number
 
-FEWEST = 20
+FEWEST = 16
 """Images of the first round: of fewer, an interval says little about itself."""
-_GROWTH = 0.25  # of the sample, by each further round: few looks, and few images too many
+_LEAST, _MOST = 1.1, 2.0  # growth of the sample by a round: few looks, and few images too many
 
 
 def balanced_order(labels: Sequence[int], seed: int) -> list[int]:
@@ -39,8 +39,9 @@ def in_rounds(
 
     Args:
         order: from :func:`balanced_order`.
-        measure: called with the next round's positions, :data:`FEWEST` and then a quarter more;
-            tells how wide the intervals of all that is known by now are.
+        measure: called with the next round's positions, :data:`FEWEST` and then as many as would
+            do if intervals narrowed with the root of the count (a tenth more at least, twice as
+            many at most); tells how wide the intervals of all that is known by now are.
         precision: when they are narrow.
 
     Returns:
@@ -49,13 +50,14 @@ def in_rounds(
     Example:
         >>> rounds = []
         >>> in_rounds(range(99), lambda more: rounds.append(len(more)) or 1 / len(rounds), 0.4)
-        (32, 0.3333333333333333)
+        (50, 0.3333333333333333)
         >>> rounds
-        [20, 5, 7]
+        [16, 16, 18]
     """
     done, width = 0, math.inf
     while done < len(order) and width > precision:
-        upto = min(len(order), max(FEWEST, done + math.ceil(done * _GROWTH)))
+        growth = min(max((width / max(precision, 1e-9)) ** 2, _LEAST), _MOST)
+        upto = min(len(order), max(FEWEST, math.ceil(done * growth)))
         width = measure(order[done:upto])
         done = upto
     return done, width

@@ -29,13 +29,13 @@ class Settings:
     Example:
         >>> settings = Settings(Preprocessing(size=(64, 64)), torch.device("cpu"))
         >>> settings.precision, settings.batch_size
-        (0.1, 64)
+        (0.15, 64)
     """
 
     preprocessing: Preprocessing
     device: torch.device
     limit: int | None = None
-    precision: float = 0.1
+    precision: float = 0.15
     occluders: tuple[Occluders, ...] = ("blur", "transplant")
     batch_size: int = 64
     seed: int = 0

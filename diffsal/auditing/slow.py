@@ -95,7 +95,9 @@ def measure_likewise(
     other: Measured, measured: Measured, loaded: LoadedModel, settings: Settings
 ) -> None:
     """Add to a reference what occlusion, curves and gradients say of the model's own samples."""
-    for test in _tests(other, loaded, settings)[:3]:
+    for test in _tests(other, loaded, settings):
+        if test.name not in (*OCCLUSIONS.values(), "input-level", "insertion-deletion"):
+            continue
         known = {
             row["path"] for row in measured.rows if f"{test.measures[0]}_{next(iter(MAPS))}" in row
         }
@@ -119,20 +121,19 @@ def _measure(
 
 
 def _tests(measured: Measured, loaded: LoadedModel, settings: Settings) -> list[SlowTest]:
-    """In the order of the report; those that a reference has are first."""
+    """Occlusion by each occluder, each to its own precision, then the others."""
     donors = _donors(measured, settings) if "transplant" in settings.occluders else None
-    occluders = [
-        one
-        for one in dict.fromkeys(("mean", *settings.occluders))
-        if one != "transplant" or donors is not None
-    ]
     model = loaded.model
     return [
-        SlowTest(
-            "occlusion",
-            [OCCLUSIONS[one] for one in occluders],
-            partial(_occlusion, model, settings, occluders, donors),
-            by_class=["occlusion_difference"],
+        *(
+            SlowTest(
+                OCCLUSIONS[one],
+                [OCCLUSIONS[one]],
+                partial(_occlusion, model, settings, one, donors),
+                by_class=["occlusion_difference"] if one == "mean" else [],
+            )
+            for one in dict.fromkeys(("mean", *settings.occluders))
+            if one != "transplant" or donors is not None
         ),
         SlowTest(
             "input-level",
@@ -167,7 +168,7 @@ def occlusion_grid(cells: Sequence[int]) -> list[int]:
 def _occlusion(
     model: nn.Module,
     settings: Settings,
-    occluders: Sequence[Occluders],
+    occluder: Occluders,
     donors: dict[int, Tensor] | None,
     batch: Batch,
     maps: SalienceMaps,
@@ -179,18 +180,16 @@ def _occlusion(
         "seed": settings.seed,
     }
     images, classes = batch.inputs, (maps.true_class, maps.false_class)
-    columns = {}
-    for one in occluders:
-        if one == "transplant":
-            assert donors is not None
-            own = torch.stack([donors[label] for label in batch.labels.tolist()]).to(images)
-            drops = transplant_drops(model, images, own, *classes, **likewise)
-        else:
-            drops = occlusion_drops(model, images, *classes, occluder=one, **likewise)
-        for kind in MAPS:
-            agreement = occlusion_faithfulness(getattr(maps, kind), drops)
-            columns[f"{OCCLUSIONS[one]}_{kind}"] = agreement
-    return columns, {}
+    if occluder == "transplant":
+        assert donors is not None
+        own = torch.stack([donors[label] for label in batch.labels.tolist()]).to(images)
+        drops = transplant_drops(model, images, own, *classes, **likewise)
+    else:
+        drops = occlusion_drops(model, images, *classes, occluder=occluder, **likewise)
+    measure = OCCLUSIONS[occluder]
+    return {
+        f"{measure}_{kind}": occlusion_faithfulness(getattr(maps, kind), drops) for kind in MAPS
+    }, {}
 
 
 def _donors(measured: Measured, settings: Settings) -> dict[int, Tensor] | None:

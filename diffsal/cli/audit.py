@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "--precision",
     type=click.FloatRange(0, min_open=True),
-    default=0.1,
+    default=0.15,
     show_default=True,
     help="Slow tests take more images until 95 % intervals of their means are no wider than this "
     "to either side.",

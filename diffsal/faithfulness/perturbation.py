@@ -182,24 +182,28 @@ def insertion_deletion(
     position = descending(pixels).view(len(inputs), 1, *size)
     moved = torch.linspace(0, pixels.shape[1], steps + 1, device=inputs.device).round()
     with evaluated(model) as run:
-        classes = _true_class(batched_logits(run, inputs, batch_size), true)
+        logits = batched_logits(run, inputs, batch_size)
+        classes = _true_class(logits, true)
 
         def probability(logits: Tensor, sample: Tensor) -> Tensor:
             return probabilities(logits).gather(1, classes[sample, None])[:, 0]
 
-        def curve(before: Tensor, after: Tensor) -> Tensor:
+        def curve(before: Tensor, after: Tensor, first: int) -> Tensor:
+            """(B, steps): all steps but the one that is the image itself."""
+
             def move(sample: Tensor, step: Tensor) -> Tensor:
-                is_moved = position[sample] < moved[step, None, None, None]
+                is_moved = position[sample] < moved[first + step, None, None, None]
                 return torch.where(is_moved, after[sample], before[sample])
 
-            scores = score_variants(
-                run, inputs, steps + 1, move, probability, batch_size=batch_size
-            )
-            return scores.where(varies(pixels)[:, None], torch.nan)
+            return score_variants(run, inputs, steps, move, probability, batch_size=batch_size)
 
+        blurred = _baseline(inputs, insertion_baseline, _BLUR_GRID, seed)
+        flat = _baseline(inputs, deletion_baseline, _BLUR_GRID, seed)
+        image = probability(logits, torch.arange(len(inputs), device=inputs.device))[:, None]
+        known = varies(pixels)[:, None]
         return Curves(
-            insertion=curve(_baseline(inputs, insertion_baseline, _BLUR_GRID, seed), inputs),
-            deletion=curve(inputs, _baseline(inputs, deletion_baseline, _BLUR_GRID, seed)),
+            torch.cat([curve(blurred, inputs, 0), image], 1).where(known, torch.nan),
+            torch.cat([image, curve(inputs, flat, 1)], 1).where(known, torch.nan),
         )
 
 
@@ -247,17 +251,22 @@ def road(
     metric = ROADCombined(list(percentiles))
 
     with evaluated(model) as run, torch.random.fork_rng(devices=[]):
-
-        def logits(images: Tensor) -> Tensor:
-            return read_logits(run, images.to(inputs.dtype))
+        untouched = batched_logits(run, inputs, 1)
 
         def score(index: int, true_class: int) -> float:
             target = [lambda output: probabilities(output[None])[0, true_class]]
             torch.default_generator.manual_seed(seed)  # the CPU's alone, where the noise is drawn
             one = slice(index, index + 1)
-            return float(metric(inputs[one].float(), relevance[one], target, logits)[0])
+            image = inputs[one].float()
 
-        classes = _true_class(batched_logits(run, inputs, 1), true)
+            def logits(images: Tensor) -> Tensor:
+                # At every percentile the metric asks for the image itself, too.
+                known = images is image
+                return untouched[one] if known else read_logits(run, images.to(inputs.dtype))
+
+            return float(metric(image, relevance[one], target, logits)[0])
+
+        classes = _true_class(untouched, true)
         scores = [score(*each) for each in enumerate(classes.tolist())]
     return torch.tensor(scores, device=inputs.device).where(varies(pixels), torch.nan)
 

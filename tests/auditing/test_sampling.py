@@ -1,5 +1,7 @@
 """When a dear test has seen enough images."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -43,14 +45,18 @@ def test_the_rule_is_that_of_a_loop(precision):
 
     images, width = in_rounds(balanced_order([0] * 90, 0), measure, precision)
 
-    for count in (20, 25, 32, 40, 50, 63, 79, 90):
+    count = 16
+    while True:
         sample = values[balanced_order([0] * 90, 0)[:count]]
         bounds = stats.bootstrap((sample,), np.mean, random_state=np.random.default_rng(0))
         low, high = bounds.confidence_interval
-        if (high - low) / 2 <= precision:
+        reached = (high - low) / 2
+        if reached <= precision or count == 90:
             break
+        wanted = count * (reached / precision) ** 2
+        count = math.ceil(min(max(wanted, 1.1 * count), 2 * count, 90))
     assert images == count == len(taken)
-    assert width == pytest.approx((high - low) / 2)
+    assert width == pytest.approx(reached)
 
 
 @settings(deadline=None)
@@ -62,4 +68,4 @@ def test_it_never_stops_before_all_is_narrow_or_taken(count, widths, precision):
     )
     assert [one for more in rounds for one in more] == list(range(images))
     assert all(one > precision for one in widths[: max(0, len(rounds) - 1)])
-    assert images == count or (width <= precision and images >= 20)
+    assert images == count or (width <= precision and images >= 16)

@@ -40,11 +40,13 @@ def many(tmp_path_factory):
     return read_index(source, classes=NAMES[:2]), loaded_model(folder)
 
 
-def measured_by(many, monkeypatch, test, **options):
-    """One slow test alone, of 60 images."""
+def measured_by(many, monkeypatch, *names, **options):
+    """These slow tests alone, of 60 images."""
     index, loaded = many
     tests = slow._tests
-    monkeypatch.setattr(slow, "_tests", lambda *given: [tests(*given)[test]])
+    monkeypatch.setattr(
+        slow, "_tests", lambda *given: [one for one in tests(*given) if one.name in names]
+    )
     chosen = settings(**options)
     measured = measure_samples(index.samples, index, loaded, chosen, "audit")
     measure_slowly(measured, loaded, chosen)
@@ -53,7 +55,7 @@ def measured_by(many, monkeypatch, test, **options):
 
 @pytest.mark.parametrize("precision", [0.3, 0.14, 1e-6])
 def test_a_sample_is_as_large_as_its_intervals_need(many, monkeypatch, precision):
-    measured = measured_by(many, monkeypatch, test=1, precision=precision)
+    measured = measured_by(many, monkeypatch, "input-level", precision=precision)
     (told,) = measured.sampling
     order = balanced_order([sample.label for sample in measured.samples], seed=0)
     column = measured.column("smoothgrad_difference")
@@ -64,11 +66,11 @@ def test_a_sample_is_as_large_as_its_intervals_need(many, monkeypatch, precision
     assert told["half_width"] == reached
     assert told["narrow"] == (reached <= precision)
     assert told["narrow"] or told["images"] == 60
-    assert {0.3: told["images"] == 20, 1e-6: told["images"] == 60}.get(precision, True)
+    assert {0.3: told["images"] == 16, 1e-6: told["images"] == 60}.get(precision, True)
 
 
 def test_classes_are_narrow_too(many, monkeypatch):
-    measured = measured_by(many, monkeypatch, test=0, precision=0.12, occluders=())
+    measured = measured_by(many, monkeypatch, "occlusion", precision=0.12, occluders=())
     (told,) = measured.sampling
     by_class = measured.by_class("occlusion_difference", "", "").values()
     widest = max((one["high"] - one["low"]) / 2 for one in by_class)
@@ -77,10 +79,12 @@ def test_classes_are_narrow_too(many, monkeypatch):
 
 
 def test_samples_do_not_depend_on_the_batch_size(many, monkeypatch):
+    names = ("occlusion", "occlusion_blur", "transplant")
     one, other = (
-        measured_by(many, monkeypatch, test=0, precision=0.15, batch_size=size) for size in (5, 64)
+        measured_by(many, monkeypatch, *names, precision=0.15, batch_size=size) for size in (5, 64)
     )
-    assert one.sampling[0]["images"] == other.sampling[0]["images"]
+    assert [part["test"] for part in one.sampling] == list(names)
+    assert [part["images"] for part in one.sampling] == [part["images"] for part in other.sampling]
     for name in ("occlusion_difference", "occlusion_blur_true", "transplant_difference"):
         np.testing.assert_allclose(one.column(name), other.column(name), atol=1e-5)
 
@@ -92,7 +96,7 @@ def test_a_bag_of_features_by_occluder(tmp_path, monkeypatch):
     )
     model = BagOfFeatures().eval()
     loaded = replace(loaded_model(tmp_path), model=model, layer=find_target_layer(model))
-    index = read_index(write_index(tmp_path / "data", (10, 10), maps=False), classes=NAMES[:2])
+    index = read_index(write_index(tmp_path / "data", (8, 8), maps=False), classes=NAMES[:2])
     occluders = ("noise", "blur", "transplant")
     result = audit(index, loaded, tmp_path / "audit", settings(occluders=occluders))
     assert result["settings"]["occluders"] == ["mean", *occluders]
