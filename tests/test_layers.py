@@ -29,6 +29,10 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
+UPWARDS = {  # methods that show and keep maps, for those who hold some; imported when called
+    ("maps.salience_maps", "explaining.shown"),
+    ("maps.salience_maps", "explaining.stored"),
+}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LONGEST = 450  # lines of a file
 
@@ -64,7 +68,8 @@ def imports(module: str) -> Iterator[str]:
 def own_imports(module: str) -> set[str]:
     """What a module imports of the package, named below it."""
     names = {name for name in imports(module) if name.startswith("diffsal.")}
-    return {name.removeprefix("diffsal.") for name in names - {"diffsal.__version__"}}
+    own = {name.removeprefix("diffsal.") for name in names - {"diffsal.__version__"}}
+    return {name for name in own if (module, name) not in UPWARDS}
 
 
 def imported(module: str) -> ModuleType:

@@ -119,16 +119,28 @@ def read_image_with_notes(path: Path) -> tuple[NDArray[np.uint8], list[str]]:
         stream.seek(0)
         if magic == b"DICM":
             return _read_dicom(stream), []
-        image = _decode(stream)
-        deep = _deep_grey(image)
-        if deep is not None:
-            pixels = np.repeat(_to_8_bit(deep)[..., None], 3, axis=-1)
-            brightest = round(float(deep.max()) * 65_535)
-            is_dark = image.mode != "F" and 0 < brightest <= _12_BITS
-            return pixels, [_NEARLY_BLACK] if is_dark else []
-        # By way of RGBA where there is transparency, else Pillow warns of palettes.
-        opaque = image.convert("RGBA") if image.has_transparency_data else image
-        return _rgb(opaque), []
+        return pixels_of(_decode(stream))
+
+
+def pixels_of(image: Image.Image) -> tuple[NDArray[np.uint8], list[str]]:
+    """What a network sees of an image in memory, and sentences, as `read_image_with_notes`.
+
+    Raises:
+        DiffsalError: values whose black and white are unknown.
+
+    Example:
+        >>> pixels_of(Image.new("L", (3, 2), 7))[0][0, 0].tolist()
+        [7, 7, 7]
+    """
+    deep = _deep_grey(image)
+    if deep is not None:
+        pixels = np.repeat(_to_8_bit(deep)[..., None], 3, axis=-1)
+        brightest = round(float(deep.max()) * 65_535)
+        is_dark = image.mode != "F" and 0 < brightest <= _12_BITS
+        return pixels, [_NEARLY_BLACK] if is_dark else []
+    # By way of RGBA where there is transparency, else Pillow warns of palettes.
+    opaque = image.convert("RGBA") if image.has_transparency_data else image
+    return _rgb(opaque), []
 
 
 def read_map(path: Path) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from diffsal.data.forms import ImageLike, as_pixels
 from diffsal.errors import DiffsalError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -101,19 +102,20 @@ class Preprocessing:
         }
         return cls(**arguments)
 
-    def __call__(self, image: NDArray[np.uint8]) -> Tensor:
+    def __call__(self, image: ImageLike) -> Tensor:
         """Make the network's input.
 
         Args:
-            image: (H0, W0, 3) uint8, RGB.
+            image: a path, an image of Pillow's, or (H0, W0, 3) or (H0, W0) uint8; see
+                :func:`diffsal.data.forms.as_pixels`.
 
         Returns:
             (channels, H, W) float32.
 
         Raises:
-            DiffsalError: see `resized`.
+            DiffsalError: see `resized` and :func:`diffsal.data.forms.as_pixels`.
         """
-        pixels = torch.from_numpy(self.resized(image)).permute(2, 0, 1).contiguous()
+        pixels = torch.from_numpy(self.resized(as_pixels(image))).permute(2, 0, 1).contiguous()
         mean = torch.tensor(self.mean, dtype=torch.float32).view(-1, 1, 1)
         std = torch.tensor(self.std, dtype=torch.float32).view(-1, 1, 1)
         return self.in_channels(pixels).to(torch.float32).div_(255).sub_(mean).div_(std)

@@ -99,13 +99,8 @@ def save_overlays(folder: Path, stem: str, explanation: Explanation) -> list[Pat
 
 
 def save_figure(path: Path, explanation: Explanation) -> None:
-    """Write the figure of ``explanation`` as a PNG, about 1200 pixels wide.
-
-    It shows the image, the maps of the true and the false class and their difference (own scale
-    each), the signed evidence with a colour bar in logits, and the sum that decides: evidence for
-    + evidence against + residual = margin. Equal input gives equal bytes.
-    """
-    save_png(path, _page(explanation))
+    """Write what :func:`figure_pixels` draws as a PNG; equal input gives equal bytes."""
+    save_png(path, figure_pixels(explanation))
 
 
 def _layers(explanation: Explanation) -> dict[str, Layer]:
@@ -133,7 +128,13 @@ _RULE = 208  # the grey of lines
 _RED, _BLUE = to_hex(SIGNED(1.0)), to_hex(SIGNED(0.0))
 
 
-def _page(explanation: Explanation) -> Pixels:
+def figure_pixels(explanation: Explanation) -> Pixels:
+    """The figure of ``explanation`` (H, W, 3), about 1200 pixels wide.
+
+    It shows the image, the maps of the true and the false class and their difference (own scale
+    each), the signed evidence with a colour bar in logits, and the sum that decides: evidence for
+    + evidence against + residual = margin.
+    """
     words = ("title", "true_name", "false_name", "predicted_name")
     drawn: dict[str, Any] = {name: drawable(getattr(explanation, name)) for name in words}
     shown = replace(explanation, **drawn)

@@ -1,6 +1,6 @@
 """``DifferenceCAM``: the difference of two classes' maps behind grad-cam's interface."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -29,7 +29,7 @@ from diffsal.maps.salience_maps import SalienceMaps, normalize, resize
 from diffsal.maps.target_layers import TargetLayer
 from diffsal.maps.weightings import Weighting
 
-Inputs: TypeAlias = "Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]"
+Inputs: TypeAlias = "Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | Any"
 Targets: TypeAlias = Sequence[Any] | Tensor | None
 
 _CLASS_TARGETS = (
@@ -54,6 +54,9 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
         fixed_statistics: hold the scale of norms behind the pooling fixed.
         outputs: ``logits`` or ``probabilities``; ``None``: it is told from the model.
         example: an input to find the layer with; ``None``: noise.
+        preprocessing: from an image to the model's input (C, H, W), as ``preprocessing`` of
+            :func:`diffsal.load_model` and torchvision's transforms do; with it, an image or a list
+            of images goes where tensors do: paths, Pillow's images, arrays, whatever it takes.
 
     Raises:
         DiffsalError: a model without parameters, and see :class:`diffsal.maps.salience.capture`.
@@ -79,6 +82,7 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
         fixed_statistics: bool = True,
         outputs: Outputs | None = None,
         example: Example = None,
+        preprocessing: Callable[[Any], Tensor] | None = None,
     ) -> None:
         if next(model.parameters(), None) is None:
             raise DiffsalError(f"{type(model).__name__} has no parameters: pass a classifier")
@@ -86,6 +90,7 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
         super().__init__(in_evaluation_mode(model), [], reshape_transform)
         self.model = model
         self.false = false
+        self.preprocessing = preprocessing
         self.layers = as_layers(model, target_layers, self.reshape_transform, example)
         self.target_layers = [layer.module for layer in self.layers]  # as in grad-cam
         self._how: dict[str, Any] = {
@@ -106,7 +111,8 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
 
         Args:
             input_tensor: (B, C, H, W) or (B, C, D, H, W); or a tuple or mapping of several inputs,
-                such as two images, or an image and numbers.
+                such as two images, or an image and numbers; or, with ``preprocessing``, an image or
+                a list of images.
             true: labels, see :func:`diffsal.maps.contrast.contrast`; ``None``: the predictions.
             false: what to set against them; ``None``: what the constructor was given.
 
@@ -134,7 +140,7 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
         """Heatmaps of the difference: resized to the input, then normalised; no ReLU.
 
         Args:
-            input_tensor: (B, C, H, W) or (B, C, D, H, W).
+            input_tensor: (B, C, H, W) or (B, C, D, H, W); or images, as for :meth:`maps`.
             targets: one of grad-cam's targets per sample. Class and softmax targets name the true
                 class, ``BinaryClassifierOutputTarget`` does for one logit, and any other callable
                 is the score to contrast, which needs ``false``. ``None``: the predictions.
@@ -149,7 +155,7 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
             DiffsalError: too few or too many targets, a class out of range, targets that do not
                 suit the model's output, and see :func:`diffsal.maps.salience.explain`.
         """
-        inputs = self._to_model(self._image_batch(input_tensor))
+        inputs = self._to_model(self._image_batch(self._prepared(input_tensor)))
         false = _on_cpu(self.false if false is None else false)
         compute = self._augmented if aug_smooth else self._raw
         raw = compute(inputs, targets, false, eigen_smooth)
@@ -191,11 +197,27 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
     def _to_model(self, inputs: Any) -> Any:
         """Inputs on the model's device."""
         device = next(self.model.parameters()).device
+        inputs = self._prepared(inputs)
         if isinstance(inputs, Mapping):
             return {name: one.to(device) for name, one in inputs.items()}
         if isinstance(inputs, tuple | list):
             return tuple(one.to(device) for one in inputs)
         return self._image_batch(inputs).to(device)
+
+    def _prepared(self, inputs: Any) -> Any:
+        """A batch of the model's dtype where images were given, else what was given."""
+        images = inputs if isinstance(inputs, tuple | list) else [inputs]
+        if isinstance(inputs, Mapping) or any(isinstance(one, Tensor) for one in images):
+            return inputs
+        if self.preprocessing is None:
+            raise DiffsalError(
+                f"the input is a {type(inputs).__name__}: pass a tensor, or preprocessing= to the "
+                "constructor, which makes tensors of images"
+            )
+        if not images:
+            raise DiffsalError("the list of images is empty: pass one or more")
+        dtype = next(self.model.parameters()).dtype
+        return torch.stack([self.preprocessing(image) for image in images]).to(dtype)
 
     def _image_batch(self, input_tensor: Tensor) -> Tensor:
         if input_tensor.ndim not in (4, 5):

@@ -29,7 +29,23 @@ class NormalizedMaps(NamedTuple):
     difference: Tensor
 
 
-@dataclass(frozen=True)
+class ResizedMaps(NamedTuple):
+    """Maps in logits per cell of the layer's grid, at another size; (B, H, W) or (B, D, H, W).
+
+    Their values are kept, so that their sums are none of the margin's.
+
+    Example:
+        >>> maps = ResizedMaps(*torch.rand(3, 5, 8, 8))
+        >>> maps.difference.shape
+        torch.Size([5, 8, 8])
+    """
+
+    true: Tensor
+    false: Tensor
+    difference: Tensor
+
+
+@dataclass(frozen=True, repr=False)
 class SalienceMaps:
     """What speaks for the true and for the false class, cell by cell.
 
@@ -124,6 +140,58 @@ class SalienceMaps:
         if size is not None:
             maps = tuple(resize(map_, size) for map_ in maps)  # type: ignore[assignment]
         return NormalizedMaps(*map(normalize, maps))
+
+    def resized(self, size: Sequence[int]) -> ResizedMaps:
+        """The maps interpolated to ``size`` (pixels), raw."""
+        return ResizedMaps(*(resize(one, size) for one in (self.true, self.false, self.difference)))
+
+    def numpy(self) -> dict[str, Any]:
+        """Name to array of maps and numbers, on the CPU: ``true`` (B, h, w), ``margin`` (B,)."""
+        names = [field.name for field in fields(self)]
+        names += ["difference", "margin", "residual", "common_mode_share", "probabilities"]
+        values = {name: getattr(self, name) for name in names}
+        return {
+            k: one.detach().cpu().numpy() for k, one in values.items() if isinstance(one, Tensor)
+        }
+
+    def save(self, path: Any) -> None:
+        """Write an ``.npz`` file, see :func:`diffsal.explaining.stored.write_maps`."""
+        from diffsal.explaining.stored import write_maps
+
+        write_maps(path, self)
+
+    @staticmethod
+    def load(path: Any) -> "SalienceMaps":
+        """What :meth:`save` wrote, see :func:`diffsal.explaining.stored.read_maps`."""
+        from diffsal.explaining.stored import read_maps
+
+        return read_maps(path)
+
+    def figure(self, image: Any = None, sample: int = 0, **how: Any) -> Any:
+        """A matplotlib figure of one sample's maps over its image.
+
+        Arguments and errors: :func:`diffsal.explaining.shown.map_figure`.
+        """
+        from diffsal.explaining.shown import map_figure
+
+        return map_figure(self, image, sample, **how)
+
+    def _repr_html_(self) -> str:
+        from diffsal.explaining.shown import as_html
+
+        return as_html(self)
+
+    def _repr_png_(self) -> bytes:
+        from diffsal.explaining.shown import as_png
+
+        return as_png(self)
+
+    def __repr__(self) -> str:
+        """One line: how many samples, of how many cells, and their margins."""
+        cells = " × ".join(map(str, self.true.shape[1:]))
+        margins = self.margin.detach()
+        ends = f", margins {margins.min():+.3g} to {margins.max():+.3g} logits" if len(self) else ""
+        return f"SalienceMaps({len(self)} × {cells} cells{ends}, on {self.true.device})"
 
     def __len__(self) -> int:
         """B, the number of samples."""

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pytorch_grad_cam import FinerCAM, GradCAM, HiResCAM, XGradCAM
 from pytorch_grad_cam.metrics.cam_mult_image import DropInConfidence, IncreaseInConfidence
 from pytorch_grad_cam.metrics.road import ROADCombined
@@ -22,6 +23,7 @@ from torchvision.models import resnet18
 from torchvision.models.vision_transformer import VisionTransformer
 
 from diffsal import DifferenceCAM, DiffsalError
+from diffsal.data.preprocessing import Preprocessing
 
 
 @pytest.fixture
@@ -298,3 +300,30 @@ def test_the_model_is_left_as_it_was(model, x):
     assert all(torch.equal(value, statistics[name]) for name, value in model.named_buffers())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_images_go_where_tensors_do(model, tmp_path):
+    preprocessing = Preprocessing(size=(64, 64))
+    images = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), np.uint8)
+    files = [tmp_path / "0.png", tmp_path / "1.png"]
+    for file, image in zip(files, images, strict=True):
+        Image.fromarray(image).save(file)
+    cam = DifferenceCAM(model, preprocessing=preprocessing)
+    inputs = torch.stack([preprocessing(image) for image in images])
+    expected = cam.maps(inputs, true=[0, 1]).difference
+    forms = (list(images), files, [Image.fromarray(one) for one in images], [str(f) for f in files])
+    for form in forms:
+        assert torch.equal(cam.maps(form, true=[0, 1]).difference, expected)
+    one = cam.maps(files[0], true=0).difference
+    torch.testing.assert_close(one[0], expected[0], rtol=1e-4, atol=1e-5)
+    classes = [ClassifierOutputTarget(0), ClassifierOutputTarget(1)]
+    np.testing.assert_array_equal(cam(files, targets=classes), cam(inputs, targets=classes))
+
+
+def test_images_without_preprocessing_are_one_line(model, refused):
+    with refused("the input is a str: pass a tensor, or preprocessing="):
+        DifferenceCAM(model).maps("image.png")
+    with refused("the list of images is empty"):
+        DifferenceCAM(model, preprocessing=Preprocessing()).maps([])
+    with refused("missing.png"):
+        DifferenceCAM(model, preprocessing=Preprocessing()).maps(["missing.png"])
