@@ -16,6 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffsal.auditing.in_memory import audit as audit
+    from diffsal.auditing.result import Audit as Audit
     from diffsal.errors import DiffsalError as DiffsalError
     from diffsal.maps.contrast import Contrast as Contrast
     from diffsal.maps.difference_cam import DifferenceCAM as DifferenceCAM
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Audit": "auditing.result",
     "BaselineSalienceLoss": "training.losses",
     "Contrast": "maps.contrast",
     "ContrastSalienceLoss": "training.losses",
@@ -42,6 +45,7 @@ _HOME = {
     "DiffsalError": "errors",
     "PerClassSalienceLoss": "training.losses",
     "SalienceMaps": "maps.salience_maps",
+    "audit": "auditing.in_memory",
     "capture": "maps.salience",
     "explain": "maps.salience",
     "find_target_layer": "maps.target_layers",

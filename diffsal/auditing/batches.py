@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from diffsal.auditing.progress import stage
 from diffsal.auditing.settings import Settings
-from diffsal.data.datasets import ImageDataset
 from diffsal.data.index import Sample
 from diffsal.errors import DiffsalError
 from diffsal.explaining.records import failure
@@ -54,7 +53,7 @@ def read_batches(
     failed: list[dict[str, Any]],
 ) -> Iterator[Batch]:
     """Batches of what can be read; what cannot goes to ``failed``."""
-    dataset = ImageDataset(samples, settings.preprocessing)
+    dataset = settings.source.items(samples, settings.preprocessing)
     dtype = next(loaded.model.parameters()).dtype
     # Each is perturbed into a hundred: few at a time, and progress is seen.
     step = min(settings.batch_size, max(8, settings.batch_size // 8))

@@ -17,6 +17,7 @@ from diffsal.auditing.sampling import balanced_order
 from diffsal.auditing.settings import Settings
 from diffsal.data.index import Sample
 from diffsal.data.preprocessing import Preprocessing
+from diffsal.data.sources import as_shown
 from diffsal.errors import DiffsalError
 from diffsal.faithfulness.composites import (
     Composites,
@@ -217,7 +218,7 @@ def _picture(
     receiver, donor = int(one.receiver), int(one.donor)
     views = torch.cat([read.inputs[[receiver, donor]], pasted(read.inputs, one)])
     inside = one.region[0].flatten()[cells_of_pixels(views.cpu(), one.region.shape[1:])]
-    pixels = [_with_border(_pixels(view, preprocessing), inside) for view in views]
+    pixels = [_with_border(as_shown(view, preprocessing), inside) for view in views]
     return {
         "receiver": str(read.samples[receiver].path),
         "donor": str(read.samples[donor].path),
@@ -229,17 +230,6 @@ def _picture(
         "actual": float(one.actual),
         "pixels": pixels,
     }
-
-
-def _pixels(view: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 of a network's input (C, H, W)."""
-    mean, std = (
-        torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std)
-    )
-    shown = (view.cpu().float() * std + mean).clamp(0, 1) * 255
-    levels = shown.round().byte().expand(3, -1, -1).permute(1, 2, 0)
-    pixels: NDArray[np.uint8] = levels.contiguous().numpy()
-    return pixels
 
 
 def _with_border(pixels: NDArray[np.uint8], inside: Tensor) -> NDArray[np.uint8]:

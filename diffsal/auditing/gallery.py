@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +10,17 @@ from PIL import Image
 from scipy import stats
 
 from diffsal.auditing.evidence import Evidence
-from diffsal.auditing.report import LARGEST, data_uri, picture
+from diffsal.auditing.report import LARGEST, data_uri
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.settings import Settings
 from diffsal.data.index import Sample
-from diffsal.explaining.explanations import Outputs, explain_images
-from diffsal.explaining.explanations import Settings as ExplanationSettings
-from diffsal.explaining.figures import PANELS
+from diffsal.explaining.figures import Explanation, overlay_layers
 from diffsal.explaining.overlays import SIGNED, Layer, Map, Pixels
+from diffsal.explaining.records import class_names, draft
+from diffsal.maps.contrast import class_count
+from diffsal.maps.salience import explain
 from diffsal.models.checkpoints import LoadedModel
+from diffsal.system.devices import running
 
 _SHOWN = 3  # images of each group, and pairs of the stress test
 _OF_EACH_CLASS = 2  # of the same, where there are few classes
@@ -80,14 +81,13 @@ def _first(order: NDArray[np.float64], count: int) -> list[int]:
 
 
 def draw_gallery(
-    gallery: list[dict[str, Any]], evidence: Evidence, scratch: Path
+    gallery: list[dict[str, Any]], evidence: Evidence
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The pictures of the gallery, and of the stress test before and after.
 
     Args:
         gallery: of :func:`choose_gallery`.
         evidence: what it was chosen from.
-        scratch: a folder for files on the way.
     """
     measured, loaded, fooled = evidence.measured, evidence.loaded, evidence.fooled
 
@@ -98,7 +98,6 @@ def draw_gallery(
                 measured.samples[position],
                 model,
                 evidence.settings,
-                scratch,
                 measured.samples[position].label,
             )
             for position in positions
@@ -113,12 +112,11 @@ def draw_gallery(
     return groups, [{"before": before, "after": after} for before, after in pairs]
 
 
-def draw_kinds(evidence: Evidence, scratch: Path) -> list[dict[str, Any]]:
+def draw_kinds(evidence: Evidence) -> list[dict[str, Any]]:
     """Kinds of evidence with pictures: the mean map, and images with what speaks for the decision.
 
     Args:
         evidence: what the kinds were found in.
-        scratch: a folder for files on the way.
     """
     kinds, measured, settings = evidence.kinds, evidence.measured, evidence.settings
     if isinstance(kinds, str):
@@ -130,7 +128,7 @@ def draw_kinds(evidence: Evidence, scratch: Path) -> list[dict[str, Any]]:
         for position in one["examples"]:
             row, sample = measured.rows[position], measured.samples[position]
             predicted = measured.names.index(row["predicted"])
-            drawings = _pictures(sample, evidence.loaded, settings, scratch, predicted)
+            drawings = _pictures(sample, evidence.loaded, settings, predicted)
             examples.append(row | {"picture": drawings["evidence"]})
         mean = _cells(np.array(one["map"], np.float32), largest, settings.preprocessing.size)
         drawn.append(one | {"mean": data_uri(mean), "examples": examples})
@@ -156,23 +154,37 @@ def draw_composites(evidence: Evidence) -> list[dict[str, Any]]:
     ]
 
 
-def _pictures(
-    sample: Sample, loaded: LoadedModel, settings: Settings, scratch: Path, true: int
-) -> dict[str, str]:
-    """The image and its maps of a class as data URIs, by the pipeline of `diffsal explain`."""
-    manifest = explain_images(
-        [sample.path],
-        loaded=loaded,
-        folder=scratch,
-        settings=ExplanationSettings(
-            preprocessing=settings.preprocessing,
-            device=settings.device,
-            true=str(true),
-            outputs=Outputs(figure=False, overlays=True),
-        ),
-        overwrite=True,
-    )
-    files = zip(PANELS, manifest["images"][0]["files"], strict=True)
-    return {"input": picture(sample.path)} | {
-        panel: picture(scratch / name) for panel, name in files
+def _pictures(sample: Sample, loaded: LoadedModel, settings: Settings, true: int) -> dict[str, str]:
+    """The image and its maps of a class as data URIs."""
+    explanation = explained(sample, loaded, settings, true)
+    panels = overlay_layers(explanation).items()
+    return {"input": data_uri(explanation.image)} | {
+        panel: data_uri(layer.over(explanation.image)) for panel, layer in panels
     }
+
+
+def explained(
+    sample: Sample,
+    loaded: LoadedModel,
+    settings: Settings,
+    true: int,
+    names: Sequence[str] | None = None,
+) -> Explanation:
+    """What `diffsal explain` shows of an audited image.
+
+    Args:
+        sample: of the settings' source.
+        loaded: on the settings' device.
+        settings: of the audit.
+        true: the class taken as true.
+        names: of the classes.
+    """
+    pixels = settings.source.pixels(sample)
+    image = settings.source.items([sample], settings.preprocessing)[0][0]
+    dtype = next(loaded.model.parameters()).dtype
+    with running(settings.device, image.shape[1:], 1):
+        inputs = image[None].to(settings.device, dtype)
+        maps = explain(loaded.model, inputs, true, target_layers=loaded.target_layer).to("cpu")
+    size = (pixels.shape[0], pixels.shape[1])
+    told = class_names(names, class_count(maps.logits)), settings.preprocessing
+    return draft(sample.path, "", pixels, size, maps, *told).explanation

@@ -4,7 +4,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import TypeAlias
 
 from tqdm import tqdm
 
@@ -13,6 +15,25 @@ from diffsal.system.files import writing
 LOG = logging.getLogger("diffsal.auditing")
 _FORM = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
 _EVERY = 60.0  # seconds between lines
+Watch: TypeAlias = Callable[[str, int, int], None]
+"""Called with a stage's title, how many of its images are done, and how many there are."""
+_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watched(watch: Watch | None) -> Iterator[None]:
+    """Call ``watch`` whenever images of a stage are done.
+
+    Example:
+        >>> with watched(print), stage("audit", 9) as advance:
+        ...     advance(4)
+        audit 4 9
+    """
+    token = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(token)
 
 
 @contextmanager
@@ -68,12 +89,14 @@ def stage(title: str, images: int) -> Iterator[Callable[[int], None]]:
         20... audit: 9 of 9 images, 0:00 elapsed
     """
     begun = told = time.monotonic()
-    done = 0
+    done, watch = 0, _WATCH.get()
 
     def advance(more: int) -> None:
         nonlocal told, done
         done += more
         progress.update(more)
+        if watch is not None:
+            watch(title, done, images)
         now = time.monotonic()
         if done < images and now - told >= _EVERY:
             told, left = now, (now - begun) / done * (images - done)

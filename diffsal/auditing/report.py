@@ -8,7 +8,6 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,7 +18,6 @@ from PIL import Image
 
 from diffsal.auditing.rows import MEASURES_OF_MAPS
 from diffsal.auditing.wording import written
-from diffsal.data.images import read_image
 
 Columns: TypeAlias = Mapping[str, NDArray[np.float64]]
 Line: TypeAlias = tuple[str, Sequence[float], Sequence[float]]
@@ -75,11 +73,6 @@ def render_report(
         composites=composites,
         kinds=kinds,
     )
-
-
-def picture(path: Path) -> str:
-    """An image file as a data URI, no larger than a report needs."""
-    return data_uri(read_image(path))
 
 
 def data_uri(pixels: NDArray[np.uint8]) -> str:

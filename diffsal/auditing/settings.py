@@ -1,11 +1,12 @@
 """How a model is audited."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import torch
 
 from diffsal.data.preprocessing import Preprocessing
+from diffsal.data.sources import FILES, Source
 
 Occluders: TypeAlias = Literal["mean", "blur", "noise", "transplant"]
 """See :data:`diffsal.faithfulness.perturbation.Occluder`; ``transplant``: images of other classes.
@@ -25,6 +26,7 @@ class Settings:
         occluders: what takes the place of a cell's pixels, beside the image's mean colour.
         batch_size: images, perturbed ones included, in one forward pass.
         seed: of the draws of images, of the bootstrap, and of whatever else is random.
+        source: what brings samples to inputs and pictures.
 
     Example:
         >>> settings = Settings(Preprocessing(size=(64, 64)), torch.device("cpu"))
@@ -39,3 +41,4 @@ class Settings:
     occluders: tuple[Occluders, ...] = ("blur", "transplant")
     batch_size: int = 64
     seed: int = 0
+    source: Source = field(default=FILES, repr=False)

@@ -19,7 +19,6 @@ from diffsal.auditing.rows import MAPS, OCCLUSIONS, Measured, plain
 from diffsal.auditing.sampling import balanced_order, half_width, in_rounds
 from diffsal.auditing.settings import Occluders, Settings
 from diffsal.auditing.stability import sensitivity_columns
-from diffsal.data.datasets import ImageDataset
 from diffsal.data.index import Sample
 from diffsal.faithfulness.input_level import receptive_share, smoothgrad, smoothgrad_agreement
 from diffsal.faithfulness.perturbation import (
@@ -202,7 +201,7 @@ def _donors(measured: Measured, settings: Settings) -> dict[int, Tensor] | None:
             return None
         spaced = np.linspace(0, len(others) - 1, _DONORS).round().astype(int)
         samples: list[Sample] = [measured.samples[position] for position in others[spaced]]
-        images = ImageDataset(samples, settings.preprocessing)
+        images = settings.source.items(samples, settings.preprocessing)
         chosen[label] = torch.stack([images[position][0] for position in range(_DONORS)])
     return chosen
 

@@ -12,7 +12,6 @@ from diffsal.auditing.batches import Batch, label_maps, read_batches
 from diffsal.auditing.clusters import FEWEST
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.settings import Settings
-from diffsal.data.datasets import ImageDataset
 from diffsal.faithfulness.batch_norm import batch_norms, reestimate_batch_norms
 from diffsal.faithfulness.sensitivity import max_sensitivity
 from diffsal.faithfulness.statistics import rank_correlation
@@ -81,9 +80,9 @@ def measure_reestimated(
 
 def _mixed(measured: Measured, loaded: LoadedModel, settings: Settings) -> Iterator[Tensor]:
     """All images, in random order, in batches of about one size, as each counts alike."""
-    dataset = ImageDataset(measured.samples, settings.preprocessing)
+    dataset = settings.source.items(measured.samples, settings.preprocessing)
     dtype = next(loaded.model.parameters()).dtype
-    order = np.random.default_rng(settings.seed).permutation(len(dataset))
+    order = np.random.default_rng(settings.seed).permutation(len(measured.samples))
     batches = math.ceil(len(order) / max(settings.batch_size, FEWEST))
     for part in np.array_split(order, batches):
         images = torch.stack([dataset[int(position)][0] for position in part])

@@ -27,6 +27,9 @@ PANELS = ("true", "false", "difference", "evidence")
 """What is laid over the image: each class's map, the difference on its own scale and signed."""
 
 
+_DPI = 100
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Explanation:
     """Everything that one picture shows. Numbers are finite unless said otherwise.
@@ -92,7 +95,7 @@ def save_overlays(folder: Path, stem: str, explanation: Explanation) -> list[Pat
         scale) and ``<stem>.evidence.png`` (signed, symmetric about zero), in ``folder``.
     """
     paths = []
-    for name, layer in _layers(explanation).items():
+    for name, layer in overlay_layers(explanation).items():
         paths.append(folder / f"{stem}.{name}.png")
         save_png(paths[-1], layer.over(explanation.image))
     return paths
@@ -103,7 +106,20 @@ def save_figure(path: Path, explanation: Explanation) -> None:
     save_png(path, figure_pixels(explanation))
 
 
-def _layers(explanation: Explanation) -> dict[str, Layer]:
+def as_figure(pixels: Pixels) -> Figure:
+    """A matplotlib figure of pixels (H, W, 3), one for one; pyplot knows nothing of it.
+
+    Example:
+        >>> as_figure(np.zeros((50, 80, 3), np.uint8)).get_size_inches().tolist()
+        [0.8, 0.5]
+    """
+    figure = Figure((pixels.shape[1] / _DPI, pixels.shape[0] / _DPI), dpi=_DPI)
+    figure.figimage(pixels)
+    return figure
+
+
+def overlay_layers(explanation: Explanation) -> dict[str, Layer]:
+    """Each panel's map, to be laid over the image: on its own scale, the evidence about zero."""
     *own, signed = PANELS
     layers = {name: own_layer(getattr(explanation, name)) for name in own}
     limit = max(abs(layers["difference"].low), abs(layers["difference"].high))
@@ -245,7 +261,7 @@ def _draw_panels(
     sheet: _Sheet, places: Mapping[str, _Place], shown: Explanation, image: Pixels
 ) -> None:
     """The image, the maps over it, and the scales of those that have one below them."""
-    layers = _layers(shown)
+    layers = overlay_layers(shown)
     sheet.frame(*places["input"][:2], image)
     for cell, layer in layers.items():
         sheet.frame(*places[cell][:2], layer.over(image))

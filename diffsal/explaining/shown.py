@@ -16,14 +16,13 @@ from PIL import Image
 from diffsal.data.forms import ImageLike, as_pixels
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
-from diffsal.explaining.figures import figure_pixels
+from diffsal.explaining.figures import as_figure, figure_pixels
 from diffsal.explaining.overlays import SIGNED, Layer, Pixels, reduced
 from diffsal.explaining.records import NOT_FINITE, class_names, draft
 from diffsal.maps.contrast import NO_CLASS, class_count
 from diffsal.maps.salience_maps import SalienceMaps
 
 _SHOWN = 8  # samples in a notebook
-_DPI = 100
 _SIDE = 96  # pixels of a map's longer side in a notebook
 _AS_A_WHOLE = "Assumed: the model saw the whole image, resized (see preprocessing)."
 _BLANK = 448  # pixels of the longer side of what stands in for an image
@@ -81,10 +80,7 @@ def map_figure(
         preprocessing or Preprocessing(size=size),
         assumed,
     )
-    page = figure_pixels(made.explanation)
-    figure = Figure((page.shape[1] / _DPI, page.shape[0] / _DPI), dpi=_DPI)
-    figure.figimage(page)
-    return figure
+    return as_figure(figure_pixels(made.explanation))
 
 
 def _one_of(maps: SalienceMaps, sample: int) -> SalienceMaps:

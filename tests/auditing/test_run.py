@@ -8,7 +8,7 @@ import torch
 from auditing.samples import NAMES, loaded_model, settings, write_index
 
 import diffsal.auditing.measure
-import diffsal.auditing.run
+import diffsal.auditing.result
 import diffsal.auditing.stress
 from diffsal.auditing import sampling
 from diffsal.auditing.composites import KINDS
@@ -54,7 +54,7 @@ def test_an_interrupted_audit_leaves_what_was_there(tmp_path, monkeypatch):
     def interrupt(*_arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(diffsal.auditing.run, "render_report", interrupt)
+    monkeypatch.setattr(diffsal.auditing.result, "render_report", interrupt)
     with pytest.raises(KeyboardInterrupt):
         audit(index, loaded_model(tmp_path), folder, settings(), overwrite=True)
     assert {path.name for path in folder.iterdir()} == {"report.html", "audit.log"}

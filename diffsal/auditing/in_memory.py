@@ -1,0 +1,151 @@
+"""``diffsal.audit``: a model and a data set in memory, or their files, and an audit of them."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffsal.auditing.evidence import gather
+from diffsal.auditing.progress import Watch, watched
+from diffsal.auditing.result import Audit
+from diffsal.auditing.settings import Occluders, Settings
+from diffsal.data.index import Index, read_index
+from diffsal.data.preprocessing import Preprocessing
+from diffsal.data.sources import FILES, Held, hold
+from diffsal.errors import DiffsalError
+from diffsal.maps.target_layers import TargetLayer, get_target_layer, in_copy
+from diffsal.models.checkpoints import LoadedModel
+from diffsal.system.devices import choose_device
+
+
+def audit(
+    model: nn.Module | LoadedModel,
+    data: Any,
+    *,
+    classes: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    target_layer: str | nn.Module | None = None,
+    reference: nn.Module | LoadedModel | None = None,
+    limit: int | None = None,
+    precision: float = 0.15,
+    occluders: Sequence[Occluders] = ("blur", "transplant"),
+    batch_size: int | None = None,
+    device: str | torch.device = "auto",
+    seed: int = 0,
+    progress: Watch | None = None,
+) -> Audit:
+    """Tell whether a model's heatmaps can be believed.
+
+    The audit works on copies: neither model is changed or moved.
+
+    Args:
+        model: a classifier (B, C, H, W) → (B, K) or (B, 1) logits, or what
+            :func:`diffsal.load_model` gave.
+        data: a ``Dataset``, a ``DataLoader`` or a list of images and labels, see
+            :func:`diffsal.data.sources.hold`; or an index and its path, see
+            :func:`diffsal.data.index.read_index`.
+        classes: names in the order of the model's outputs; ``None``: what the model or the data
+            call them.
+        preprocessing: from images to the model's input; of tensors, how they were made; ``None``:
+            the loaded model's.
+        target_layer: a module or its dotted name; ``None``: it is found.
+        reference: a second model, measured on the same images and set beside the first.
+        limit, precision, occluders, batch_size, seed: see
+            :class:`diffsal.auditing.settings.Settings`; ``None`` for 64, on a CPU 8.
+        device: where the audit runs, ``auto`` for a GPU where there is one.
+        progress: called with a stage's title, how many of its images are done, and how many there
+            are.
+
+    Raises:
+        DiffsalError: what :func:`diffsal.auditing.run.audit` raises, and data of another form.
+
+    Example:
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.ReLU(), *head)
+        >>> data = [(torch.rand(1, 16, 16), number % 2) for number in range(12)]
+        >>> found = audit(model, data, classes=("intact", "worn"), device="cpu")
+        >>> found.numbers["correct"]["n"], found.table is not None
+        (12, True)
+        >>> found.save("audited")  # doctest: +SKIP
+    """
+    loaded = _as_loaded(model, target_layer)
+    other = None if reference is None else _as_loaded(reference, None)
+    preprocessing = preprocessing or loaded.preprocessing
+    names = classes or loaded.classes
+    held = _held(data, names, preprocessing)
+    if held.source is not FILES and other is not None:
+        other = _of_one_input(other, held.preprocessing)
+    on = choose_device(device) if isinstance(device, str) else device
+    settings = Settings(
+        held.preprocessing,
+        on,
+        limit,
+        precision,
+        tuple(occluders),
+        batch_size or (8 if on.type == "cpu" else 64),
+        seed,
+        held.source,
+    )
+    with watched(progress):
+        return Audit(gather(held.index, loaded, settings, other))
+
+
+def _as_loaded(model: nn.Module | LoadedModel, layer: str | nn.Module | None) -> LoadedModel:
+    """A copy, with what files tell of models."""
+    if isinstance(model, LoadedModel):
+        own = copy.deepcopy(model.model)
+        known = _layer(model.model, layer) or model.layer
+        return replace(model, model=own, layer=known and in_copy(own, known))
+    if not isinstance(model, nn.Module):
+        raise DiffsalError(
+            f"the model is a {type(model).__name__}: pass an nn.Module, or what load_model gives"
+        )
+    bare = LoadedModel(
+        model=model,
+        architecture=type(model).__name__,
+        arguments={},
+        classes=None,
+        preprocessing=None,
+        layer=None,
+        path=Path(type(model).__name__),
+        sha256="",
+        notes=(),
+    )
+    return _as_loaded(bare, layer)
+
+
+def _layer(model: nn.Module, layer: str | nn.Module | None) -> TargetLayer | None:
+    if layer is None:
+        return None
+    if isinstance(layer, str):
+        return get_target_layer(model, layer)
+    name = next((name for name, module in model.named_modules() if module is layer), "")
+    if not name:
+        raise DiffsalError(f"the layer {type(layer).__name__} is none of the model's modules")
+    return get_target_layer(model, name)
+
+
+def _held(data: Any, names: Sequence[str] | None, preprocessing: Preprocessing | None) -> Held:
+    """The data with an index: of files, or of what is in memory."""
+    index = read_index(data, classes=names) if isinstance(data, str | Path) else data
+    if not isinstance(index, Index):
+        return hold(data, classes=names, preprocessing=preprocessing)
+    if preprocessing is None:
+        raise DiffsalError(f"{index.source}: pass preprocessing=, from images to the model's input")
+    return Held(index, FILES, preprocessing)
+
+
+def _of_one_input(other: LoadedModel, preprocessing: Preprocessing) -> LoadedModel:
+    """The reference, which gets the same inputs; none that was made for others."""
+    if other.preprocessing not in (None, preprocessing):
+        raise DiffsalError(
+            f"{other.path}: expects inputs made as {other.preprocessing}, the data's are made as "
+            f"{preprocessing}; audit it by itself"
+        )
+    return replace(other, preprocessing=preprocessing)
