@@ -11,8 +11,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.transforms import Affine2D
+from numpy.typing import NDArray
 
-from diffsal.explaining.overlays import SIGNED, Layer, Map, Pixels, own_layer, resized, save_png
+from diffsal.explaining.overlays import (
+    PALE,
+    SIGNED,
+    Layer,
+    Map,
+    Pixels,
+    own_layer,
+    resized,
+    save_png,
+)
+from diffsal.explaining.regions import outlined
 from diffsal.explaining.typography import (
     Font,
     drawable,
@@ -61,6 +72,8 @@ class Explanation:
         outputs_are: ``logits``, or what the model made of them: ``sigmoid``, ``softmax`` and so on.
         caveats: sentences, see :mod:`diffsal.maps.caveats`.
         size: (H, W) that is told, where `image` is a reduced one.
+        regions: Where the evidence is gathered: bool (h, w) over the image, of any size of its
+            shape, and the logits there and of all evidence of that sign; the weightiest first.
     """
 
     title: str
@@ -85,6 +98,7 @@ class Explanation:
     outputs_are: str = "logits"
     caveats: Sequence[str] = ()
     size: tuple[int, int] | None = None
+    regions: Sequence[tuple[NDArray[np.bool_], float, float]] = ()
 
 
 def save_overlays(folder: Path, stem: str, explanation: Explanation) -> list[Path]:
@@ -124,7 +138,7 @@ def overlay_layers(explanation: Explanation) -> dict[str, Layer]:
     layers = {name: own_layer(getattr(explanation, name)) for name in own}
     limit = max(abs(layers["difference"].low), abs(layers["difference"].high))
     limit = limit if limit > 0 else 1.0  # of zeros, or of nothing but NaN
-    layers[signed] = Layer(explanation.difference, -limit, limit, SIGNED)
+    layers[signed] = Layer(explanation.difference, -limit, limit, SIGNED, PALE)
     return layers
 
 
@@ -262,7 +276,7 @@ def _draw_panels(
 ) -> None:
     """The image, the maps over it, and the scales of those that have one below them."""
     layers = overlay_layers(shown)
-    sheet.frame(*places["input"][:2], image)
+    sheet.frame(*places["input"][:2], outlined(image, [inside for inside, *_ in shown.regions]))
     for cell, layer in layers.items():
         sheet.frame(*places[cell][:2], layer.over(image))
     left, top, width = places["difference"]
@@ -351,6 +365,8 @@ def _remarks(shown: Explanation) -> Iterator[str]:
         higher, lower = (shown.true_name, shown.false_name)[:: 1 if shown.margin > 0 else -1]
         side = "above" if shown.margin > 0 else "below"
         yield f"Margin {side} 0: {shortened(higher)} scores higher than {shortened(lower)}."
+    if shown.regions:
+        yield _regions(shown)
     yield from shown.caveats
     if shown.outputs_are not in ("logits", "log-softmax"):
         yield f"The model ends in a {shown.outputs_are}: maps are of the logits before it."
@@ -367,6 +383,14 @@ def _remarks(shown: Explanation) -> Iterator[str]:
         )
     if np.isnan(shown.difference).any():
         yield "The model did not see the parts of the image that are left untinted."
+
+
+def _regions(shown: Explanation) -> str:
+    told = []
+    for number, (_, logits, whole) in enumerate(shown.regions, start=1):
+        part, all_of_it = _logits(logits, whole)
+        told.append(f"region {number}, {part} of {all_of_it}")
+    return f"Outlined: {'; '.join(told)} logits."
 
 
 def _logits(*values: float) -> list[str]:

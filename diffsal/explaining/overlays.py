@@ -23,6 +23,7 @@ SIGNED = ListedColormap(matplotlib.colormaps["RdBu_r"](np.linspace(0.1, 0.9, 255
 _BAND = 1 << 20  # pixels that are coloured at a time
 _ENOUGH = 1_600  # twice the width of the widest panel, and more
 _DARKEST = 0.65  # what black in the image leaves of a colour's brightness
+PALE = 0.85  # the same, where colours are to be read off the bar
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Layer:
         low: the value that has the scale's first colour.
         high: the value that has its last.
         colormap: the colours between.
+        darkest: what black in the image leaves of a colour's brightness.
 
     Example:
         >>> evidence = Layer(np.float32([[-2, 2]]), -2, 2, SIGNED)
@@ -46,6 +48,7 @@ class Layer:
     low: float
     high: float
     colormap: Colormap
+    darkest: float = _DARKEST
 
     @property
     def is_constant(self) -> bool:
@@ -69,7 +72,7 @@ class Layer:
         span = self.high - self.low
         colours = self.colormap((values - self.low) / span, bytes=True)[..., :3]
         grey = np.asarray(Image.fromarray(image).convert("L"), dtype=np.float32) / 255
-        tinted = colours * (_DARKEST + (1 - _DARKEST) * grey)[..., None]
+        tinted = colours * (self.darkest + (1 - self.darkest) * grey)[..., None]
         return np.where(np.isnan(values)[..., None], image, (tinted + 0.5).astype(np.uint8))
 
     def bar(self, width: int) -> Pixels:

@@ -14,6 +14,7 @@ from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.explaining.figures import Explanation
 from diffsal.explaining.overlays import drawn_size
+from diffsal.explaining.regions import Region, find_regions, on_image
 from diffsal.maps.caveats import caveats, is_coarse
 from diffsal.maps.contrast import NO_CLASS, predicted_class
 from diffsal.maps.salience_maps import SalienceMaps, normalize
@@ -26,6 +27,7 @@ NOT_FINITE = "the model's logits or maps are not finite: check its weights"
 """The error of an image of which nothing can be shown."""
 
 _MAPS = ("true", "false", "difference")
+_REGIONS = 5  # that are told of: the weightiest
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,44 @@ def draft(
     """
     raw = torch.cat([getattr(maps, name) for name in _MAPS])
     drawn = preprocessing.place(raw, drawn_size(*size), is_coarse(maps.true.shape))
+    regions = find_regions(maps.difference[0])[:_REGIONS]
+    inside = [on_image(region, preprocessing, drawn_size(*size)) for region in regions]
     told: Record = {"path": str(path)} | _decision(maps, names)
+    told["regions"] = [
+        _region(region, pixels, size) for region, pixels in zip(regions, inside, strict=True)
+    ]
     told["caveats"] = [*notes, *told["caveats"]]
     record = {name: None if value != value else value for name, value in told.items()}  # NaN
-    explanation = replace(_explanation(path.name, image, drawn, maps, told), size=size)
+    explanation = replace(
+        _explanation(path.name, image, drawn, maps, told),
+        size=size,
+        regions=[
+            (pixels, region.logits, region.of)
+            for region, pixels in zip(regions, inside, strict=True)
+        ],
+    )
     arrays = dict(zip(_MAPS, raw.numpy(), strict=True))
     for name in ("logits", "true_class", "false_class"):
         arrays[name] = getattr(maps, name)[0].numpy()
     return Draft(path, stem, record, explanation, arrays, size, preprocessing)
+
+
+def _region(region: Region, inside: NDArray[np.bool_], size: tuple[int, int]) -> Record:
+    """What the manifest tells of a region; ``inside`` is of the image at its size or reduced."""
+    rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+    box = None
+    if len(rows):
+        scales = size[0] / inside.shape[0], size[1] / inside.shape[1]
+        top, bottom = (round(end * scales[0]) for end in (rows[0], rows[-1] + 1))
+        left, right = (round(end * scales[1]) for end in (columns[0], columns[-1] + 1))
+        box = [left, top, right - left, bottom - top]
+    return {
+        "logits": region.logits,
+        "of": region.of,
+        "cells": region.count,
+        "area": float(inside.mean()),
+        "box": box,
+    }
 
 
 def _decision(maps: SalienceMaps, names: Sequence[str]) -> Record:
@@ -115,7 +147,7 @@ def _explanation(
 ) -> Explanation:
     share, false = told["probabilities"], told["false_class"]
     true_probability = share[told["true_class"]]
-    shown = {field.name for field in fields(Explanation)}
+    shown = {field.name for field in fields(Explanation)} - {"regions"}
     return Explanation(
         title=title,
         image=image,

@@ -176,6 +176,15 @@ class SalienceMaps:
 
         return map_figure(self, image, sample, **how)
 
+    def regions(self, sample: int = 0, share: float = 0.5) -> Any:
+        """Where a sample's evidence is gathered, in cells and logits.
+
+        Arguments and result: :func:`diffsal.explaining.regions.find_regions`.
+        """
+        from diffsal.explaining.regions import find_regions
+
+        return find_regions(self.difference[sample], share)
+
     def _repr_html_(self) -> str:
         from diffsal.explaining.shown import as_html
 

@@ -81,6 +81,14 @@ def test_the_numbers_are_those_of_the_model(run, tmp_path):
     difference = cells[1] - cells[0]
     np.testing.assert_allclose(record["evidence_for"], difference.clip(0).sum(), rtol=1e-4)
     np.testing.assert_allclose(record["evidence_against"], difference.clip(max=0).sum(), rtol=1e-4)
+    first = record["regions"][0]
+    peak = np.abs(difference).max()
+    assert peak * 0.5 <= abs(first["logits"]) <= abs(first["of"]) + 1e-6
+    side = difference[difference * first["logits"] > 0]
+    np.testing.assert_allclose(first["of"], side.sum(), rtol=1e-4)
+    left, top, width, height = first["box"]
+    assert (left >= 0) & (top >= 0) & (left + width <= 50) & (top + height <= 40)
+    np.testing.assert_allclose(first["area"], first["cells"] / difference.size, rtol=0.05)
     common, half = np.var((cells[0] + cells[1]) / 2), np.var(difference / 2)
     np.testing.assert_allclose(record["common_mode_share"], common / (common + half), rtol=1e-3)
     with np.load("explanations/image.npz") as maps:

@@ -330,6 +330,10 @@ def test_it_says_which_class_was_taken_as_true_and_why(said, true_from, why):
         ({"margin": 4.2}, "Margin above 0: eight scores higher than three."),
         ({"margin": -4.2}, "Margin below 0: three scores higher than eight."),
         ({"caveats": ["The map explains little."]}, "The map explains little."),
+        (
+            {"regions": [(np.ones((2, 2), bool), 3.1, 5.9)]},
+            "Outlined: region 1, +3.10 of +5.90 logits.",
+        ),
         ({"outputs_are": "sigmoid"}, "The model ends in a sigmoid: maps are of the logits before"),
     ],
 )
