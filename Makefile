@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types bench zoo hostile surface clean
+.PHONY: help demo test lint types docs bench zoo hostile surface clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
@@ -20,6 +20,9 @@ lint: $(VENV)/installed  ## ruff
 
 types: $(VENV)/installed  ## mypy, strict
 	$(BIN)/mypy
+
+docs: $(VENV)/documents  ## The pages, build/docs/index.html; warnings are errors
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 bench: $(VENV)/installed  ## Ratios measured side by side, in minutes
 	$(BIN)/python benchmarks/explain.py
@@ -42,6 +45,10 @@ clean:  ## Remove what was made
 $(VENV)/run-time: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/documents: $(VENV)/run-time
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 $(VENV)/installed: $(VENV)/run-time

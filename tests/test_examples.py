@@ -95,3 +95,24 @@ def test_the_page_of_composites_is_that_of_its_data():
     above = sum((a > b) + (a == b) / 2 for a in control for b in fooled)
     area = above / len(control) / len(fooled)
     assert module["separation"](data["seeds"], "adaptive, edges", "rectangles") == area
+
+
+def test_the_picture_at_the_top(tmp_path, monkeypatch):
+    module = example("honest_and_shifted")
+    main = module["main"]
+    monkeypatch.setitem(main.__globals__, "train_digits", partial(train_digits, epochs=1))
+    said = []
+    drawn = main.__globals__["picture"]
+
+    def picture(honest, fooled, image, x):
+        maps = [explain(model, x, true=1) for model in (honest, fooled)]
+        said.append([(one.probabilities, one.difference, one.true) for one in maps])
+        return drawn(honest, fooled, image, x)
+
+    monkeypatch.setitem(main.__globals__, "picture", picture)
+    main([str(tmp_path / "hero.png")])
+    ((before, after),) = said
+    torch.testing.assert_close(before[0], after[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(before[1], after[1], rtol=1e-3, atol=1e-4)
+    assert torch.corrcoef(torch.stack([before[2].flatten(), after[2].flatten()]))[0, 1] < 0.9
+    assert Image.open(tmp_path / "hero.png").size == (1100, 640)

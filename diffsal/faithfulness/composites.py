@@ -2,13 +2,13 @@
 
 Maps add up and are in logits, so they foretell what has not been seen. A region R of cells of
 image i gets the pixels of image j, its donor. If the evidence of a cell is about the pixels under
-it, the composite's margin is
+it, the composite's margin is::
 
     Σ_{not R} d_i + Σ_R d_j + (1 - |R|)·b_i + |R|·b_j,        b = margin - Σ d,
 
-d being maps of the same two classes for all images, |R| the share of the cells. Each image's
+d being maps of the same two classes for all images, ``|R|`` the share of the cells. Each image's
 residual b is taken to lie everywhere alike; where the head is exact it is the bias, whatever R is.
-Who believes that all of the evidence is everywhere alike predicts (1 - |R|)·m_i + |R|·m_j of the
+Who believes that all evidence is everywhere alike predicts ``(1 - |R|)·m_i + |R|·m_j`` of the
 margins m. :attr:`Composites.skill` compares the two. For a bag of local features (Brendel & Bethge
 2019) whose receptive fields lie inside cells the map is exactly right; receptive fields that reach
 over the seams, and decisions made elsewhere than the map says, cost skill. A vector added to both

@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def share(self) -> Tensor:
-        """(N,) float64 in (0, 1): |R|, the share of the cells that is the donor's."""
+        """(N,) float64 in (0, 1): ``|R|``, the share of the cells that is the donor's."""
         return self.region.double().mean((1, 2))
 
     def __len__(self) -> int:

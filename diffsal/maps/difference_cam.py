@@ -40,7 +40,7 @@ _CLASS_TARGETS = (
 
 
 class DifferenceCAM(BaseCAM):  # type: ignore[misc]
-    """The paper's Difference Salience (Eq. 1) as a drop-in for grad-cam's CAMs.
+    """The paper's Difference Salience (Equation 1) as a drop-in for grad-cam's CAMs.
 
     Unlike its parent it takes the maps in evaluation mode and leaves the model as it found it
     (training flags, ``.grad``, hooks), and no exception is swallowed.

@@ -56,7 +56,7 @@ def example_inputs(model: nn.Module, example: Any = None) -> Iterator[Inputs]:
 
 
 def noise_of_size(model: nn.Module, size: tuple[int, ...]) -> Tensor:
-    """(1, C, *size): noise of a model's channels, type and device.
+    """``(1, C, *size)``: noise of a model's channels, type and device.
 
     Example:
         >>> noise_of_size(nn.Conv2d(1, 4, 3), (8, 9)).shape

@@ -19,7 +19,7 @@ class LayerRow:
         name: dotted.
         layout: how its output lies over the image, as ``--reshape`` takes it.
         grid: its cells along each axis.
-        exactness: |residual| / |margin| of one image: 0 where maps add up to the margin, biases
+        exactness: ``|residual| / |margin|`` of one image: 0 where maps add up to the margin, biases
             apart; 1 and more where they explain nothing. ``None``: no map could be taken.
         chosen: whether maps are taken there unless another layer is named.
     """

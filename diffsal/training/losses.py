@@ -211,7 +211,7 @@ class CrossEntropyLoss(SalienceLoss):
 
 
 class BaselineSalienceLoss(SalienceLoss):
-    """Eq. 2, as CYBORG does it: the true class's map is to look like the human's.
+    """Equation 2, as CYBORG does it: the true class's map is to look like the human's.
 
     ``α·CE + β·MSE(h, norm t)``
 
@@ -267,7 +267,7 @@ class BaselineSalienceLoss(SalienceLoss):
 
 
 class DifferenceSalienceLoss(SalienceLoss):
-    """Eq. 3: what decides between the classes is to lie where the human looked.
+    """Equation 3: what decides between the classes is to lie where the human looked.
 
     ``α·CE + β·MSE(h, norm(t - f))``
 
@@ -307,7 +307,7 @@ class DifferenceSalienceLoss(SalienceLoss):
 
 
 class PerClassSalienceLoss(SalienceLoss):
-    """Eq. 4: the true map is to look like the human's, the false map like its complement.
+    """Equation 4: the true map is to look like the human's, the false map like its complement.
 
     ``α·CE + β·MSE(h, norm t) + γ·MSE(1 - h, norm f)``
 
@@ -351,7 +351,7 @@ class PerClassSalienceLoss(SalienceLoss):
 
 
 class ContrastSalienceLoss(SalienceLoss):
-    """Eq. 5: the true map is to look like the human's, the false map like the true's complement.
+    """Equation 5: the true map is to look like the human's, the false map like its complement.
 
     ``α·CE + β·MSE(h, norm t) + γ·MSE(1 - norm t, norm f)``
 
