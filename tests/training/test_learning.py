@@ -10,7 +10,7 @@ from diffsal.demo import ARCHITECTURE, ARGUMENTS, digits
 from diffsal.models.architectures import build_model
 from diffsal.training.losses import LOSSES
 
-EPOCHS = 6
+EPOCHS = 10
 METHODS = [
     *(
         pytest.param(name, marks=pytest.mark.slow)
