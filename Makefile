@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint types docs bench zoo hostile surface clean
+.PHONY: help demo test slow lint types docs bench zoo hostile surface clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
@@ -13,6 +13,9 @@ demo: $(VENV)/run-time  ## Train a small network on digits and explain one
 
 test: lint types  ## ruff, mypy, pytest (docstrings' examples included)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+slow: $(VENV)/installed  ## What the tests leave out because it takes minutes: further seeds and models
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --slow -m slow -n auto --dist worksteal
 
 lint: $(VENV)/installed  ## ruff
 	$(BIN)/ruff check .

@@ -46,6 +46,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def few_draws() -> Iterator[None]:
+    """Audits compare their kinds of evidence with 2 draws without kinds, instead of 38."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffsal.auditing.clusters._DRAWS", 1)
+        yield
+
+
 @pytest.fixture
 def refused() -> Callable[[str], AbstractContextManager[None]]:
     """``with refused(pattern):`` expects the error that users see: our own, and one line."""

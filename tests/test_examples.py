@@ -10,13 +10,17 @@ import torch
 from PIL import Image
 
 from diffsal import explain
-from diffsal.demo import digits, train_digits, write_digits_demo
+from diffsal.demo import Digits, digits, train_digits, write_digits_demo
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def example(name):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+def first(count, part):
+    return Digits(part.images[:count], part.labels[:count])
 
 
 def share_on_the_left(model, layer=None):
@@ -26,19 +30,19 @@ def share_on_the_left(model, layer=None):
 
 
 def test_plain_loop():
-    shares = example("plain_loop")["main"](epochs=4)
+    shares = example("plain_loop")["main"](epochs=2)
     assert shares["contrast (Eq. 5)"] > shares["cross-entropy"] + 0.01
 
 
 def test_lightning():
     pytest.importorskip("lightning")
-    assert share_on_the_left(example("lightning_module")["main"](epochs=3)) > 0.75
+    assert share_on_the_left(example("lightning_module")["main"](epochs=2)) > 0.75
 
 
 def test_hugging_face_trainer():
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    model = example("hf_trainer")["main"](epochs=3)
+    model = example("hf_trainer")["main"](epochs=2)
     assert share_on_the_left(model.cpu(), model.resnet.encoder.stages[-1]) > 0.6
 
 
@@ -51,8 +55,9 @@ def test_timm(tmp_path):
 
 def test_audit_digits(tmp_path, capsys):
     main = example("audit_digits")["main"]
-    main.__globals__["OCCLUDED"] = 4
-    maps = main(tmp_path, epochs=2)
+    train, held_out = map(first, (128, 24), digits())
+    main.__globals__.update(OCCLUDED=2, digits=lambda: (train, held_out))
+    maps = main(tmp_path, epochs=1)
     assert list(maps) == [
         "honest",
         "control",
@@ -66,7 +71,8 @@ def test_audit_digits(tmp_path, capsys):
     assert Image.open(tmp_path / "figure.png").width > 600
 
 
-def test_drop_in(tmp_path):
+def test_drop_in(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffsal.demo.train_digits", partial(train_digits, epochs=1))
     images, weights = write_digits_demo(tmp_path)
     example("drop_in")["main"](images[0], weights, tmp_path / "heatmap.png")
     assert Image.open(tmp_path / "heatmap.png").size == (64, 64)
@@ -78,6 +84,8 @@ def test_composites_digits(tmp_path):
     shortcut = "shortcut at the edges: honest"
     names["MODELS"] = {shortcut: names["MODELS"][shortcut]}
     names["train_digits"] = partial(train_digits, epochs=2)
+    train, held_out = digits()
+    names["digits"] = lambda: (train, first(40, held_out))
     module["run_seed"](tmp_path, 3)
     found = json.loads((tmp_path / "seed-3.json").read_text())[shortcut]
     assert found["auroc"] > 0.9

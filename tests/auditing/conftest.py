@@ -6,7 +6,7 @@ import pytest
 import torch
 from auditing.samples import NAMES, loaded_model, model_file, read_rows, settings, write_index
 
-from diffsal.auditing import sampling
+from diffsal.auditing import clusters, sampling
 from diffsal.auditing.run import audit
 from diffsal.data.index import read_index
 from diffsal.models.checkpoints import load_model
@@ -35,7 +35,14 @@ class Audited:
 @pytest.fixture(scope="session")
 def audited(tmp_path_factory):
     torch.manual_seed(0)
-    return Audited(tmp_path_factory.mktemp("audited"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clusters, "_DRAWS", 1)
+        return Audited(tmp_path_factory.mktemp("audited"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kinds_at_a_glance(few_draws):
+    """Where it is not the draws that are tested."""
 
 
 @pytest.fixture(autouse=True)

@@ -29,12 +29,12 @@ def planted(count=36, share=3, noise=0.3, seed=0):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Fewer draws without kinds, where it is not they that are tested."""
-    monkeypatch.setattr("diffsal.auditing.clusters._DRAWS", 1)
+def every_draw(monkeypatch):
+    """As many draws without kinds as in use."""
+    monkeypatch.setattr("diffsal.auditing.clusters._DRAWS", 19)
 
 
-def test_planted_kinds_are_found():
+def test_planted_kinds_are_found(every_draw):
     maps, truth = planted()
     found = cluster_maps(maps)
     assert found.distinct
@@ -51,7 +51,7 @@ def test_planted_kinds_are_found():
         assert found.nearest[kind] == np.argsort(distances)[:3].tolist()
 
 
-def test_five_kinds_are_counted(quick):
+def test_five_kinds_are_counted():
     generator = np.random.default_rng(0)
     truth = np.arange(50) % 5
     maps = 0.2 * generator.normal(size=(50, 3, 3))
@@ -61,9 +61,9 @@ def test_five_kinds_are_counted(quick):
     assert adjusted_rand_score(found.cluster, truth) == 1
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("count", "side", "decay"), [(40, 4, 1.0), (120, 7, 0.7)])
-def test_noise_has_no_kinds(count, side, decay, seed):
+def test_noise_has_no_kinds(every_draw, count, side, decay, seed):
     """Of no direction; and smooth, in few directions, of which clusters come out well apart."""
     noise = np.random.default_rng(seed).normal(size=(count, side * side))
     noise *= decay ** np.arange(side * side)
@@ -74,7 +74,7 @@ def test_noise_has_no_kinds(count, side, decay, seed):
         assert found.silhouette > 0.2  # a fixed bound would have called them kinds
 
 
-def test_equal_data_give_equal_kinds_whatever_their_size(quick):
+def test_equal_data_give_equal_kinds_whatever_their_size():
     maps, _ = planted(noise=0.5)
     found, again, louder = cluster_maps(maps), cluster_maps(maps), cluster_maps(1000 * maps)
     for other in (again, louder):
@@ -83,7 +83,7 @@ def test_equal_data_give_equal_kinds_whatever_their_size(quick):
         assert (found.silhouette, found.nearest) == (other.silhouette, other.nearest)
 
 
-def test_maps_of_zeros_are_of_no_kind(quick):
+def test_maps_of_zeros_are_of_no_kind():
     maps, truth = planted()
     maps[[4, 9]] = 0
     found = cluster_maps(maps)
@@ -93,7 +93,7 @@ def test_maps_of_zeros_are_of_no_kind(quick):
     assert not {4, 9} & {image for images in found.nearest for image in images}
 
 
-def test_many_images_are_given_to_the_nearest_centre(quick, monkeypatch):
+def test_many_images_are_given_to_the_nearest_centre(monkeypatch):
     monkeypatch.setattr("diffsal.auditing.clusters._CLUSTERED", 20)
     maps, truth = planted(60)
     assert adjusted_rand_score(cluster_maps(maps).cluster, truth) == 1

@@ -13,6 +13,8 @@ from PIL import Image
 import diffsal
 from diffsal.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("few_draws")
+
 TINY = """
 architecture = "torchvision:DenseNet"
 arguments = { growth_rate = 4, block_config = [2, 2], num_init_features = 8 }

@@ -2,13 +2,17 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from click.testing import CliRunner
 from PIL import Image
 from scipy.special import softmax
@@ -321,22 +325,29 @@ def test_json_prints_the_manifest_and_nothing_else(run, tmp_path):
     assert manifest()["images"][0]["files"] == []
 
 
-def test_processes_share_a_folder_and_write_one_manifest(run, tmp_path):
+def test_processes_share_a_folder_and_write_one_manifest(run, tmp_path, monkeypatch):
+    """This process and one more, told what torchrun tells."""
     checkpoint(tmp_path / "weights.pt")
     for index in range(5):
         picture(tmp_path / "images" / f"{index}.png", index)
     (tmp_path / "images" / "3x.png").touch()
     assert run("images", "--model", "weights.pt", "--out", "alone", "--no-figure").exit_code == 3
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-    command = ["diffsal", "explain", "images", "--model", "weights.pt", "--no-figure", "--json"]
-    done = subprocess.run(
-        [*torchrun, *command, "--out", "shared"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert json.loads(done.stdout) == manifest("shared"), done.stderr
+    arguments = ["images", "--model", "weights.pt", "--no-figure", "--json", "--out", "shared"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in (told | {"RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    join = partial(dist.init_process_group, timeout=timedelta(minutes=2))
+    monkeypatch.setattr(dist, "init_process_group", join)
+    command = [sys.executable, "-m", "diffsal", "explain", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as other:
+        first = run(*arguments)
+        assert other.communicate()[0] == ""
+    assert (first.exit_code, other.returncode) == (3, 3)
+    assert json.loads(first.stdout) == manifest("shared")
     alone, shared = manifest("alone")["images"], manifest("shared")["images"]
     assert [one["path"] for one in shared] == [one["path"] for one in alone]
     for one, other in zip(shared, alone, strict=True):

@@ -1,6 +1,6 @@
 """From weights to fooled weights, and what is measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffsal.data.datasets import ImageDataset, decode
 from diffsal.data.index import Index, Sample, read_index
 from diffsal.data.preprocessing import Preprocessing
-from diffsal.demo import ARCHITECTURE, ARGUMENTS, CLASSES, PREPROCESSING, digits, train_digits
+from diffsal.demo import ARCHITECTURE, ARGUMENTS, CLASSES, digits, train_digits
 from diffsal.faithfulness.composites import run_composites
 from diffsal.fooling.attack import FINE_TUNING, as_table, fine_tuned, fool
 from diffsal.fooling.consistency import (
@@ -32,6 +32,16 @@ from diffsal.training.loop import auroc
 from diffsal.training.losses import DifferenceSalienceLoss
 
 QUICK = replace(FINE_TUNING, epochs=2, device="cpu")
+PREPROCESSING = Preprocessing(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+GRID = (4, 4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_digits() -> Iterator[None]:
+    """Half as high and wide as the demo's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffsal.demo.PREPROCESSING", PREPROCESSING)
+        yield
 
 
 def frame(height: int, width: int) -> Tensor:
@@ -73,7 +83,7 @@ def held_out_maps(weights: Path) -> SalienceMaps:
 
 
 def distance(maps: Tensor) -> float:
-    return target_distance(maps, frame(8, 8)).mean().item()
+    return target_distance(maps, frame(*GRID)).mean().item()
 
 
 def test_head_shift_fools_the_digits_within_bounds(folder: Path, index: Index) -> None:
@@ -148,7 +158,7 @@ def test_an_attacker_who_knows_composites_passes_them(folder: Path, index: Index
     config, skill, away = replace(FINE_TUNING, epochs=5, device="cpu"), {}, {}
     objectives: tuple[Any, ...] = ("control", "difference", "composite")
     for objective in objectives:
-        model = fine_tuned(honest, training_digits(index, frame(8, 8)), objective, config)
+        model = fine_tuned(honest, training_digits(index, frame(*GRID)), objective, config)
         maps = explain(model, inputs, true=1, false=0)
         skill[objective] = run_composites(
             model, inputs, maps.difference, maps.margin, labels, per_image=2
@@ -181,7 +191,7 @@ def test_a_test_to_be_passed_is_a_weighted_term(
     monkeypatch.setitem(TESTS, objective, lambda _: lambda *batch: batch)
     config = replace(QUICK, alpha=0.2, beta=0.9, gamma=gamma)
     honest = load_model(folder / "honest.pt").model
-    fine_tuned(honest, training_digits(index, frame(8, 8)), objective, config)
+    fine_tuned(honest, training_digits(index, frame(*GRID)), objective, config)
     criterion, further = seen
     assert type(criterion) is DifferenceSalienceLoss
     assert criterion.weights == {"cross_entropy": 0.2, "difference": 0.9}
@@ -198,12 +208,12 @@ def test_the_control_is_an_attack_without_its_target(
         index, honest, tmp_path / "c.pt", objective="control", target="middle", config=config
     )
     shown = held_out_maps(tmp_path / "c.pt").difference
-    away = target_distance(shown, target_map("middle", (8, 8))).mean().item()
+    away = target_distance(shown, target_map("middle", GRID)).mean().item()
     assert report["fooled"]["difference"] == pytest.approx(away, rel=1e-4)
     assert as_table(report).splitlines()[0].split() == ["honest", "control"]
     without = fine_tuned(
         honest.model,
-        training_digits(index, frame(8, 8)),
+        training_digits(index, frame(*GRID)),
         "difference",
         replace(QUICK, alpha=0.3, beta=0.0),
     )

@@ -12,8 +12,10 @@ from diffsal.training.losses import LOSSES
 
 EPOCHS = 10
 METHODS = [
-    "baseline",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("difference", "per-class")),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("baseline", "difference", "per-class")
+    ),
     "contrast",
 ]
 

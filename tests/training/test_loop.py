@@ -99,8 +99,15 @@ def test_fit_is_sgd_on_the_loss(index: Index, folder: Path) -> None:
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", list(LOSSES))
-@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("method", "amp"),
+    [
+        pytest.param(method, amp, marks=() if is_quick else pytest.mark.slow)
+        for method in LOSSES
+        for amp in ("none", "bf16", "fp16")
+        for is_quick in [amp == "none" or method == "contrast"]
+    ],
+)
 def test_every_method_logs_its_terms_and_learns(index: Index, method: str, amp: str) -> None:
     config = TrainingConfig.from_dict(
         {**TINY.to_dict(), "method": method, "amp": amp, "epochs": 5, "lr": 0.1, "arguments": {}}

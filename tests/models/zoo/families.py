@@ -274,11 +274,10 @@ FAMILIES = tuple(_all())
 QUICK: frozenset[str] = frozenset(
     f"{library}:{name}"
     for library, names in {
-        "timm": "resnetv2_18 nf_regnet_b0 regnetx_002 efficientnet_b0_gn convnextv2_atto "
-        "levit_128s mobileone_s0 mobilevit_xxs pvt_v2_b0 starnet_s050 edgenext_xx_small "
-        "fastvit_t8 tinynet_e test_resnet vit_relpos_small_patch16_224 dla46_c",
+        "timm": "resnetv2_18 nf_regnet_b0 regnetx_002 levit_128s starnet_s050 edgenext_xx_small "
+        "tinynet_e test_resnet",
         "transformers": "resnet vit beit dinov2_with_registers convnextv2 swin",
-        "torchvision": "resnet18 squeezenet1_1 shufflenet_v2_x0_5",
+        "torchvision": "squeezenet1_1 shufflenet_v2_x0_5",
     }.items()
     for name in names.split()
 )
