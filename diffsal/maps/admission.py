@@ -35,7 +35,7 @@ def walk(model: nn.Module) -> Walk:
     """Refuse models that cannot be captured, and note what a capture needs to know.
 
     Raises:
-        DiffsalError: parameters made in inference mode, on meta, or not made yet, or
+        DiffsalError: parameters made in inference mode, or not made yet, or
             ``DistributedDataParallel`` with ``static_graph``.
 
     Example:
@@ -65,10 +65,6 @@ def _check_values(module: nn.Module, tensor: Tensor) -> None:
         raise DiffsalError(
             f"a {type(module).__name__} has no weights before it has run: call the model once, on "
             "a batch of images"
-        )
-    if tensor.is_meta:
-        raise DiffsalError(
-            f"a {type(module).__name__} is on the meta device, without values: load its weights"
         )
     if tensor.is_inference():
         raise DiffsalError(
