@@ -128,9 +128,9 @@ class SalienceMaps:
         The part of the true map's variation that the decision does not depend on. NaN where both
         are zero, and for one logit, whose common part is zero by construction.
         """
-        common, half = (
-            map_.flatten(1).var(1, correction=0) for map_ in (self.common, self.difference / 2)
-        )
+        pair = torch.stack([self.common.flatten(1), self.difference.flatten(1) / 2])
+        largest = pair.detach().abs().amax((0, 2))[:, None]  # whose square may not be a float
+        common, half = (pair / largest.where(largest > 0, 1)).var(2, correction=0)
         share = common / (common + half)
         return torch.full_like(share, torch.nan) if self.logits.shape[1] == 1 else share
 
