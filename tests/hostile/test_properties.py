@@ -1,4 +1,4 @@
-"""Networks of any shape, type and scale: maps are finite and add up, or a sentence says otherwise."""
+"""Networks of any shape, type and scale: maps are finite and add up, or a sentence is said."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from diffsal import DiffsalError, SalienceMaps, explain
 from diffsal.maps.caveats import caveats
@@ -81,7 +81,7 @@ def check(one: Drawn) -> None:
             model, x, one.true, one.false, target_layers=one.layer, weighting=one.weighting
         )
     except DiffsalError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in str(error)  # noqa: PT017 - most examples raise nothing
         return
     said = caveats(maps)
     for index, told in enumerate(said):
