@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from diffsal.maps.numbers import signed
 from diffsal.maps.salience_maps import SalienceMaps, normalize
 
 FEWEST_CELLS = 5
@@ -50,9 +51,9 @@ def _of_one(maps: SalienceMaps) -> list[str]:
     if not bool(normalize(maps.difference).any()):  # up to rounding: it is drawn so
         said.append("The difference map is constant: it marks nothing.")
     if explains_little(margin, residual):
+        whole, missing = signed(margin, residual)
         said.append(
-            f"The map explains little: of a margin of {margin:+.2f} logits, {residual:+.2f} "
-            "are not on it."
+            f"The map explains little: of a margin of {whole} logits, {missing} are not on it."
         )
     if is_coarse(maps.true.shape[1:]):
         cells = " × ".join(map(str, maps.true.shape[1:]))

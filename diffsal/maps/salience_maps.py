@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsal.maps.contrast import probabilities
+from diffsal.maps.numbers import signed
 from diffsal.maps.outputs import Squash
 
 _SMALLEST_SPAN = 1e-19  # its inverse, a factor of the gradient, is still finite in float32
@@ -189,8 +190,9 @@ class SalienceMaps:
     def __repr__(self) -> str:
         """One line: how many samples, of how many cells, and their margins."""
         cells = " × ".join(map(str, self.true.shape[1:]))
-        margins = self.margin.detach()
-        ends = f", margins {margins.min():+.3g} to {margins.max():+.3g} logits" if len(self) else ""
+        margins = self.margin.detach().tolist() or [0.0]
+        ends = " to ".join(signed(min(margins), max(margins)))
+        ends = f", margins {ends} logits" if len(self) else ""
         return f"SalienceMaps({len(self)} × {cells} cells{ends}, on {self.true.device})"
 
     def __len__(self) -> int:
