@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from diffsal.auditing.rows import Number
+from diffsal.maps.numbers import NEGLIGIBLE
 
 Finding: TypeAlias = dict[str, Any]
 """``id``, ``title``, ``says``, ``limits`` and ``numbers``."""
@@ -22,7 +23,7 @@ def make_finding(
 
 
 def written(value: float | None) -> str:
-    """Three decimals, or a power of ten where these would say nothing.
+    """Three decimals, or a power of ten where these would say nothing; 0 for what is negligible.
 
     Example:
         >>> written(-0.5), written(2.4e-7), written(None)
@@ -30,6 +31,8 @@ def written(value: float | None) -> str:
     """
     if value is None or math.isnan(value):
         return "–"
+    if abs(value) < NEGLIGIBLE:
+        value = 0.0
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         text = f"{value + 0.0:.3f}"  # no -0
     elif 1e-4 <= abs(value) < 1e-3:

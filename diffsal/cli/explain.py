@@ -109,6 +109,8 @@ def explain(
 
 def _report(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
     """Results to stdout, failures to stderr."""
+    from diffsal.maps.numbers import signed
+
     if as_json:
         click.echo(json.dumps(manifest, indent=2, ensure_ascii=False))
     for record in manifest["images"]:
@@ -116,12 +118,13 @@ def _report(manifest: dict[str, Any], out: Path, as_json: bool) -> None:
             click.echo(f"Error: {record['path']}: {record['error']}", err=True)
         elif not as_json:
             where = out / record["files"][0] if record["files"] else record["path"]
+            told = ("margin", "evidence_for", "evidence_against", "residual")
+            margin, above, below, missing = signed(*(record[name] for name in told))
             click.echo(
                 f"{where}: {record['predicted_name']} "
                 f"(p = {record['probabilities'][record['predicted_class']]:.3f}), "
-                f"{record['true_name']} over {record['false_name']} by {record['margin']:+.2f} "
-                f"logits: {record['evidence_for']:+.2f} for, {record['evidence_against']:+.2f} "
-                f"against, {record['residual']:+.2f} not on the map"
+                f"{record['true_name']} over {record['false_name']} by {margin} "
+                f"logits: {above} for, {below} against, {missing} not on the map"
             )
             for caveat in record["caveats"]:
                 click.echo(f"  {caveat}")

@@ -221,7 +221,9 @@ def labelled_index(
 
 
 def with_notes(index: Index) -> Index:
-    """The index, after its notes are said on stderr."""
-    for note in index.notes:
+    """The index, after its notes are said on stderr, and what is odd about its files."""
+    from diffsal.data.oddities import oddities
+
+    for note in (*index.notes, *oddities(index.samples)):
         click.echo(f"Note: {note}", err=True)
     return index

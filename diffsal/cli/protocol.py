@@ -55,7 +55,10 @@ def run_protocol(config: Path, out: Path, as_json: bool, **settings: Any) -> Non
     from diffsal.protocol.configuration import read_protocol
     from diffsal.protocol.jobs import run
 
-    outcome = run(read_protocol(config), out, **settings)
+    protocol = read_protocol(config)
+    for task in protocol.tasks:
+        options.with_notes(task.index)
+    outcome = run(protocol, out, **settings)
     if as_json:
         found = {
             "done": list(map(str, outcome.done)),

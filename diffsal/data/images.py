@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from diffsal.errors import DiffsalError
 from diffsal.system.files import open_regular
@@ -23,6 +25,8 @@ IMAGE_SUFFIXES = frozenset(
 _12_BITS = 4_095  # in a file of 16, which some devices write
 _NEARLY_BLACK = "The image uses 4096 of 65536 levels of grey and is seen nearly black."
 _BAND = 1 << 20  # pixels
+_BYTES = 3  # of a pixel, at most, in deflated DICOM
+_TURNED = 5  # EXIF orientations from here on change height and width for each other
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 
 
@@ -143,6 +147,38 @@ def pixels_of(image: Image.Image) -> tuple[NDArray[np.uint8], list[str]]:
     return _rgb(opaque), []
 
 
+class Glance(NamedTuple):
+    """What a file's header says.
+
+    Attributes:
+        size: height and width in pixels, upright.
+        is_deep: whether it is grey of more than 8 bits.
+    """
+
+    size: tuple[int, int]
+    is_deep: bool
+
+
+def glance(path: Path) -> Glance:
+    """What an image's header says, without its pixels.
+
+    Raises:
+        DiffsalError: no image that Pillow reads; DICOM is none.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.new("L", (3, 2)).save(Path(folder, "a.png"))
+        ...     glance(Path(folder, "a.png"))
+        Glance(size=(2, 3), is_deep=False)
+    """
+    with _opened(path) as stream:
+        image = Image.open(stream, formats=FORMATS)
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= _TURNED
+        size = (image.width, image.height) if is_turned else (image.height, image.width)
+        return Glance(size, _is_deep(image))
+
+
 def read_map(path: Path) -> NDArray[np.float32]:
     """Read a human salience map or mask: its intensity, and nothing normalised.
 
@@ -228,9 +264,13 @@ def _check_pixels(height: int, width: int) -> None:
         )
 
 
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in ("F", "I") or image.mode.startswith("I;16")
+
+
 def _deep_grey(image: Image.Image) -> NDArray[np.float32] | None:
     """(H, W) in [0, 1] of a grey image of more than 8 bits; None for any other."""
-    if image.mode not in ("F", "I") and not image.mode.startswith("I;16"):
+    if not _is_deep(image):
         return None
     if image.mode == "I" and image.format == "TIFF":
         raise DiffsalError("holds signed or 32-bit integers, whose white is unknown; save 16 bits")
@@ -260,6 +300,7 @@ def _read_dicom(stream: BinaryIO) -> NDArray[np.uint8]:
         from pydicom.pixels.utils import pixel_array
     except ImportError as error:
         raise DiffsalError("DICOM needs pydicom; pip install 'diffsal[dicom]'") from error
+    _check_inflated(stream)
     dataset = dcmread(stream)
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
@@ -279,6 +320,42 @@ def _read_dicom(stream: BinaryIO) -> NDArray[np.uint8]:
         shares = 1 - shares
     pixels = _to_8_bit(shares)
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=-1)
+
+
+def _check_inflated(stream: BinaryIO) -> None:
+    """Refuse deflated DICOM that inflates to more than the largest image; pydicom has no bound."""
+    from pydicom.filereader import read_dataset, read_preamble
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    read_preamble(stream, force=False)
+    start = stream.tell()
+    for is_implicit in (False, True):  # pydicom reads the head in the one way or the other
+        stream.seek(start)
+        try:
+            head = read_dataset(stream, is_implicit, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+            syntax = head.get("TransferSyntaxUID")
+        except Exception:  # it is then no head in this way
+            continue
+        if syntax == DeflatedExplicitVRLittleEndian:
+            _check_stream(stream)
+    stream.seek(0)
+
+
+def _check_stream(stream: BinaryIO) -> None:
+    """Inflate a stream to its end, a piece at a time."""
+    limit = _BYTES * (Image.MAX_IMAGE_PIXELS or sys.maxsize)
+    inflating, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    while not inflating.eof:
+        given = inflating.unconsumed_tail or stream.read(_BAND)
+        piece = inflating.decompress(given, _BAND)
+        if not given and not piece:  # cut off, which pydicom says
+            return
+        size += len(piece)
+        if size > limit:
+            raise DiffsalError(
+                f"inflates to more than {limit / 1e6:.0f} MB, which no image of "
+                f"{Image.MAX_IMAGE_PIXELS} pixels fills; reduce the image"
+            )
 
 
 def _display_values(values: NDArray[Any], dataset: Any) -> tuple[NDArray[Any], float, float]:

@@ -33,6 +33,7 @@ from diffsal.explaining.typography import (
     text_length,
     wrapped,
 )
+from diffsal.maps.numbers import signed
 
 PANELS = ("true", "false", "difference", "evidence")
 """What is laid over the image: each class's map, the difference on its own scale and signed."""
@@ -394,11 +395,7 @@ def _regions(shown: Explanation) -> str:
 
 
 def _logits(*values: float) -> list[str]:
-    """Signed; at least two decimals, and three digits of the largest."""
-    largest = max(map(abs, values))
-    exponent = math.floor(math.log10(largest)) if largest else 0
-    form = f"+.{max(2, 2 - exponent)}f" if -4 <= exponent < 6 else "+.2e"
-    return [format(value + 0.0, form).replace("-", "−") for value in values]  # + 0.0: no -0.0
+    return [number.replace("-", "−") for number in signed(*values)]
 
 
 def _probability(value: float | None) -> str:

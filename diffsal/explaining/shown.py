@@ -20,6 +20,7 @@ from diffsal.explaining.figures import as_figure, figure_pixels
 from diffsal.explaining.overlays import SIGNED, Layer, Pixels, reduced
 from diffsal.explaining.records import NOT_FINITE, class_names, draft
 from diffsal.maps.contrast import NO_CLASS, class_count
+from diffsal.maps.numbers import signed
 from diffsal.maps.salience_maps import SalienceMaps
 
 _SHOWN = 8  # samples in a notebook
@@ -126,14 +127,11 @@ def _html_row(one: SalienceMaps, sample: int) -> str:
     told = [
         str(int(one.true_class)) if int(one.true_class) != NO_CLASS else "score",
         str(int(one.false_class)) if int(one.false_class) != NO_CLASS else "the rest",
-        *(
-            f"{float(value):+.3g}"
-            for value in (
-                one.margin,
-                difference.clamp(min=0).sum(),
-                difference.clamp(max=0).sum(),
-                one.residual,
-            )
+        *signed(
+            float(one.margin),
+            float(difference.clamp(min=0).sum()),
+            float(difference.clamp(max=0).sum()),
+            float(one.residual),
         ),
         _share(float(one.common_mode_share)),
     ]

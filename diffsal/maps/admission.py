@@ -5,8 +5,9 @@ from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from diffsal.errors import DiffsalError
 from diffsal.maps.fixed_statistics import may_be_norm
@@ -34,8 +35,8 @@ def walk(model: nn.Module) -> Walk:
     """Refuse models that cannot be captured, and note what a capture needs to know.
 
     Raises:
-        DiffsalError: parameters made in inference mode, or ``DistributedDataParallel`` with
-            ``static_graph``.
+        DiffsalError: parameters made in inference mode, or not made yet, or
+            ``DistributedDataParallel`` with ``static_graph``.
 
     Example:
         >>> len(walk(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))).norms)
@@ -49,17 +50,27 @@ def walk(model: nn.Module) -> Walk:
                 "losses of maps: build it without static_graph"
             )
         for tensor in chain(module._parameters.values(), module._buffers.values()):
-            if tensor is not None and tensor.is_inference():
-                raise DiffsalError(
-                    "the model's parameters or buffers were made in inference mode, which autograd "
-                    "cannot use: build or load the model outside torch.inference_mode()"
-                )
+            if tensor is not None:
+                _check_values(module, tensor)
         in_place = module.__dict__.get("_compiled_call_impl") is not None
         if in_place or "_orig_mod" in module._modules:
             found.compiled.append((module, in_place))
         if not module._modules and may_be_norm(type(module)):
             found.norms.append(module)
     return found
+
+
+def _check_values(module: nn.Module, tensor: Tensor) -> None:
+    if is_lazy(tensor):
+        raise DiffsalError(
+            f"a {type(module).__name__} has no weights before it has run: call the model once, on "
+            "a batch of images"
+        )
+    if tensor.is_inference():
+        raise DiffsalError(
+            "the model's parameters or buffers were made in inference mode, which autograd "
+            "cannot use: build or load the model outside torch.inference_mode()"
+        )
 
 
 def check_compiled(found: Walk, layers: Sequence[TargetLayer]) -> None:

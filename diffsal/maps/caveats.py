@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from diffsal.maps.salience_maps import SalienceMaps
+from diffsal.maps.numbers import signed
+from diffsal.maps.salience_maps import SalienceMaps, normalize
 
 FEWEST_CELLS = 5
 """Along an axis: with fewer, a map shows regions, and drawing it smoothly would promise places."""
@@ -45,13 +46,14 @@ def caveats(maps: SalienceMaps) -> list[list[str]]:
 def _of_one(maps: SalienceMaps) -> list[str]:
     said = []
     margin, residual = float(maps.margin), float(maps.residual)
-    difference = maps.difference.flatten()
-    if bool((difference == difference[0]).all()):
+    if not all(bool(one.isfinite().all()) for one in (maps.logits, maps.true, maps.false)):
+        return ["Logits or maps are not finite: they tell nothing."]
+    if not bool(normalize(maps.difference).any()):  # up to rounding: it is drawn so
         said.append("The difference map is constant: it marks nothing.")
     if explains_little(margin, residual):
+        whole, missing = signed(margin, residual)
         said.append(
-            f"The map explains little: of a margin of {margin:+.2f} logits, {residual:+.2f} "
-            "are not on it."
+            f"The map explains little: of a margin of {whole} logits, {missing} are not on it."
         )
     if is_coarse(maps.true.shape[1:]):
         cells = " × ".join(map(str, maps.true.shape[1:]))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diffsal.errors import DiffsalError
 from diffsal.maps.admission import as_layers
 from diffsal.maps.contrast import NO_CLASS, Choice, Score
+from diffsal.maps.examples import answer, as_inputs
 from diffsal.maps.layouts import Reshape
 from diffsal.maps.looking import Example
 from diffsal.maps.modes import in_evaluation_mode
@@ -230,7 +231,7 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
     def _raw(self, inputs: Tensor, targets: Targets, false: Choice, eigen_smooth: bool) -> Tensor:
         """The difference map, or its first component, at the input's size, not normalised."""
         with self._explaining() as (run, captured):
-            logits = output_logits(run(inputs))
+            logits = output_logits(answer(run, as_inputs(inputs)))
             true = _true_choice(targets, logits)
             if eigen_smooth:
                 raw = captured.first_component(logits, true, false)
@@ -243,7 +244,7 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
         self, inputs: Tensor, targets: Targets, false: Choice, eigen_smooth: bool
     ) -> Tensor:
         with self._explaining() as (run, captured):
-            logits = output_logits(run(inputs))
+            logits = output_logits(answer(run, as_inputs(inputs)))
             maps = captured.maps(logits, _true_choice(targets, logits), false)
         if maps.true_from != "score":
             targets = maps.true_class.cpu()

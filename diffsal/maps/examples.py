@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from diffsal.errors import DiffsalError, one_line, some_of
+
 Inputs: TypeAlias = "tuple[tuple[Any, ...], Mapping[str, Any]]"
 """Positional arguments, and named ones."""
 
@@ -34,6 +36,32 @@ def as_inputs(example: Any) -> Inputs:
     if isinstance(example, Mapping):
         return (), dict(example)
     return (tuple(example), {}) if isinstance(example, tuple | list) else ((example,), {})
+
+
+def answer(model: nn.Module, inputs: Inputs) -> Any:
+    """What a model returns for inputs.
+
+    Raises:
+        DiffsalError: whatever the model raises on them, but for a lack of memory.
+
+    Example:
+        >>> answer(nn.Linear(2, 2), as_inputs(torch.zeros(1, 2))).shape
+        torch.Size([1, 2])
+    """
+    positional, named = inputs
+    try:
+        return model(*positional, **named)
+    except (DiffsalError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        given = (*positional, *named.values())
+        shapes = [f"{list(one.shape)} {one.dtype}" for one in given if isinstance(one, Tensor)]
+        first = next(model.parameters(), None)
+        weights = "" if first is None else f", weights {first.dtype} on {first.device}"
+        raise DiffsalError(
+            f"{type(model).__name__} does not run on {some_of(shapes)} inputs "
+            f"({one_line(error)}{weights}): check their size and type (--size, --arch)"
+        ) from error
 
 
 def example_inputs(model: nn.Module, example: Any = None) -> Iterator[Inputs]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffsal.errors import DiffsalError
+from diffsal.errors import DiffsalError, one_line
 from diffsal.maps.layouts import Layout, looks_channels_last
 from diffsal.maps.target_layers import TargetLayer
 
@@ -22,7 +22,8 @@ def gradients_at(
         create_graph: whether what is returned can be differentiated in turn.
 
     Raises:
-        DiffsalError: a layer that no gradient reaches, or a head that is recomputed reentrantly.
+        DiffsalError: a layer that no gradient reaches, a head that is recomputed reentrantly, or a
+            backward pass of the model's own that raises anything.
 
     Example:
         >>> activation = torch.ones(2, 3, requires_grad=True)
@@ -40,13 +41,10 @@ def gradients_at(
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        except RuntimeError as error:
-            if "use_reentrant" not in str(error):
-                raise
-            raise DiffsalError(
-                "the model recomputes its head by reentrant activation checkpointing, through "
-                "which no map can be taken: pass use_reentrant=False to torch.utils.checkpoint"
-            ) from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model may have written its own way back
+            raise _no_way_back(names[0], error) from error
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is None:
             raise DiffsalError(
@@ -55,6 +53,18 @@ def gradients_at(
                 "influence the logits; name a later layer, or take the no_grad out"
             )
     return [gradient for gradient in gradients if gradient is not None]
+
+
+def _no_way_back(name: str, error: Exception) -> DiffsalError:
+    if "use_reentrant" in str(error):
+        return DiffsalError(
+            "the model recomputes its head by reentrant activation checkpointing, through "
+            "which no map can be taken: pass use_reentrant=False to torch.utils.checkpoint"
+        )
+    return DiffsalError(
+        f"the gradient from the scores to layer {name!r} fails ({one_line(error)}): name a later "
+        "layer, or put the model's own backward pass right"
+    )
 
 
 def over_space(

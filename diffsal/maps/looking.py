@@ -14,6 +14,7 @@ nothing over space is common to them, all of them are taken.
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -123,11 +124,16 @@ def look_at(model: nn.Module, example: Example = None) -> Look:
     known = _LOOKS.get(model)
     if known is not None and all(has_module(model, one.name) for one in known.candidates):
         return known
-    with evaluated(model) as run:
+    with evaluated(model, on_trial=True) as run, _same_random_state(model):
         squash, look = _look_without_computing(run, example) or _look_at_values(run, example)
         remember_squash(model, squash, training=False)
     _LOOKS[model] = look
     return look
+
+
+def _same_random_state(model: nn.Module) -> AbstractContextManager[None]:
+    device = next((one.device for one in model.parameters()), torch.device("cpu"))
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _look_at_values(model: nn.Module, example: Example) -> tuple[Squash | None, Look]:
@@ -247,7 +253,7 @@ def _look(record: RunRecord, model: nn.Module) -> Look:
         return Look(tuple(one for _, one in branches), candidates)
     if single is not None:
         return Look((single,), candidates)
-    return Look((), candidates, _why_none(candidates))
+    return Look((), candidates, _why_none(candidates, model))
 
 
 def _why_no_gradient(model: nn.Module) -> str:
@@ -256,8 +262,10 @@ def _why_no_gradient(model: nn.Module) -> str:
     return "no gradient leads from the logits to the image"
 
 
-def _why_none(candidates: Sequence[Candidate]) -> str:
+def _why_none(candidates: Sequence[Candidate], model: nn.Module) -> str:
     """Why no layer could be chosen."""
+    if not candidates and any(isinstance(one, torch.jit.ScriptModule) for one in model.modules()):
+        return "no hooks run in what is scripted or traced, so that no feature map was found"
     if any(one.carries_all for one in candidates) and not any(one.alive for one in candidates):
         return "the logits change with no feature map, as their gradient is zero on this input,"
     return "no feature map over space that the logits pass through was found"

@@ -13,21 +13,26 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffsal.errors import DiffsalError
 from diffsal.maps.contexts import set_hook
 
+_OF_PYTHON = "__dict__", "__weakref__"
 _STEADY: "WeakSet[nn.Module]" = WeakSet()
 """Models that were seen to run in evaluation mode without changing a flag."""
 
 
 @contextmanager
-def evaluated(model: nn.Module) -> Iterator[nn.Module]:
+def evaluated(model: nn.Module, *, on_trial: bool = False) -> Iterator[nn.Module]:
     """What to run in the model's stead, in evaluation mode: itself, or a twin.
 
     A model that has not been seen to keep its flags in a run is not run itself: its own forward
     pass may call ``train()``. What a twin's forward pass assigns to ``self``, the model has too.
+
+    Args:
+        model: see there.
+        on_trial: what the runs assign is forgotten, and the buffers that they change are a twin's.
 
     Raises:
         DiffsalError: a part of a model in training mode that only runs as it is: it is scripted, or
@@ -41,12 +46,14 @@ def evaluated(model: nn.Module) -> Iterator[nn.Module]:
     """
     modules = list(model.modules())
     training = [module for module in modules if module.training]
-    if not training and model in _STEADY:
+    if not training and model in _STEADY and not on_trial:
         yield model
         return
     twins, ran = _twins(modules), []
+    if on_trial:
+        _give_own_buffers(twins)
     run, refused, versions = twins[model], set(training), _versions(modules)
-    made = [dict(twins[module].__dict__) for module in modules]
+    made = [_attributes(twins[module]) for module in modules]
 
     def watch(module: nn.Module, _: Any) -> None:
         if module in refused:
@@ -60,8 +67,10 @@ def evaluated(model: nn.Module) -> Iterator[nn.Module]:
         yield run
     finally:
         remove()
-        for module, attributes in zip(modules, made, strict=True):
-            _hand_over(attributes, twins[module], module)
+        if not on_trial:
+            for module, attributes in zip(modules, made, strict=True):
+                _hand_over(attributes, twins[module], module)
+            _hand_over_modules(twins)
     if any(twin.training for twin in twins.values()):
         _STEADY.discard(model)
         return
@@ -91,9 +100,30 @@ def in_evaluation_mode(model: nn.Module) -> nn.Module:
 
 def _hand_over(before: dict[str, Any], twin: nn.Module, module: nn.Module) -> None:
     """Of a twin's attributes those that are others than before, but for flags."""
-    for name, value in twin.__dict__.items():
+    for name, value in _attributes(twin).items():
         if value is not before.get(name) and name != "training":
-            module.__dict__[name] = value
+            object.__setattr__(module, name, value)
+
+
+def _hand_over_modules(twins: dict[nn.Module, nn.Module]) -> None:
+    """Modules that a run was the first to build."""
+    known = set(twins.values())
+    for module, twin in twins.items():
+        built = {name: child for name, child in twin._modules.items() if child not in known}
+        module._modules.update((name, child) for name, child in built.items() if child is not None)
+
+
+def _give_own_buffers(twins: dict[nn.Module, nn.Module]) -> None:
+    copies: dict[Tensor | None, Tensor | None] = {None: None}
+    with torch.inference_mode(False), torch.no_grad():
+        for module, twin in twins.items():
+            if twin is module:
+                continue
+            for buffer in module._buffers.values():
+                if buffer is not None and buffer not in copies:
+                    copies[buffer] = buffer.clone()
+            own = {name: copies[buffer] for name, buffer in module._buffers.items()}
+            twin.__dict__["_buffers"] = own
 
 
 def _versions(modules: Sequence[nn.Module]) -> list[int]:
@@ -129,12 +159,32 @@ def _twin(module: nn.Module) -> nn.Module:
         return module
     twin: nn.Module = module.__new__(type(module))
     twin.__dict__.update(module.__dict__)
+    for name, value in _slots(module).items():
+        object.__setattr__(twin, name, value)
     twin.__dict__["training"] = False
     twin.__dict__["_compiled_call_impl"] = None
     for name, value in module.__dict__.items():
         if type(value) is MethodType and value.__self__ is module:
             twin.__dict__[name] = MethodType(value.__func__, twin)
     return twin
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return module.__dict__ | _slots(module)
+
+
+def _slots(module: nn.Module) -> dict[str, Any]:
+    """What is kept outside the dictionary of the module."""
+    slots = chain.from_iterable(
+        (names,) if isinstance(names, str) else names
+        for kind in type(module).__mro__
+        for names in (kind.__dict__.get("__slots__", ()),)
+    )
+    return {
+        name: getattr(module, name)
+        for name in slots
+        if name not in _OF_PYTHON and hasattr(module, name)
+    }
 
 
 def _can_move(module: nn.Module) -> bool:

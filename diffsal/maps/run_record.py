@@ -186,6 +186,7 @@ def record_run(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, An
             *(doubled[index] for index in range(len(inputs))),
             **{key: doubled[key] for key in named},
         )
+        torch.set_grad_enabled(True)  # whatever the model left
         scores, squash = scores_of_output(output, squashes, declared_outputs(model))
         probe = (scores[0] * _weights(scores)).sum() if scores.requires_grad else scores.sum()
         sinks = [sink for sink in recorder.sinks if sink.requires_grad]
@@ -367,7 +368,8 @@ def _vertex(tensor: Tensor) -> Vertex | None:
         return None
     if tensor.grad_fn is not None:
         return tensor.grad_fn, tensor.output_nr
-    view = tensor.view_as(tensor).grad_fn
+    with torch.enable_grad():  # the model may have left them off
+        view = tensor.view_as(tensor).grad_fn
     assert view is not None
     return view.next_functions[0]
 

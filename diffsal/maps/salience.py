@@ -27,7 +27,7 @@ from diffsal.errors import DiffsalError
 from diffsal.maps.admission import Layers, as_layers, check_compiled, walk
 from diffsal.maps.contexts import Where, here, plain_attention, set_hook
 from diffsal.maps.contrast import Choice, Contrast, contrast
-from diffsal.maps.examples import as_inputs
+from diffsal.maps.examples import answer, as_inputs
 from diffsal.maps.fixed_statistics import Switch, held, norms_to_hold, remember_norms
 from diffsal.maps.gradients import gradients_at, over_space
 from diffsal.maps.layouts import Reshape
@@ -423,7 +423,7 @@ def explain(
 
     Raises:
         DiffsalError: see :class:`capture`, :func:`diffsal.maps.contrast.contrast` and
-            :func:`diffsal.maps.modes.evaluated`.
+            :func:`diffsal.maps.modes.evaluated`; the model does not run on these inputs.
 
     Example:
         >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
@@ -435,7 +435,6 @@ def explain(
         >>> torch.allclose(sums, maps.logits[:, 1], atol=1e-5)
         True
     """
-    positional, named = as_inputs(inputs)
     with explaining(
         model,
         target_layers,
@@ -445,4 +444,4 @@ def explain(
         outputs=outputs,
         example=inputs,
     ) as (run, captured):
-        return captured.maps(output_logits(run(*positional, **named)), true, false)
+        return captured.maps(output_logits(answer(run, as_inputs(inputs))), true, false)

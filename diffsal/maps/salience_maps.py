@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffsal.maps.contrast import probabilities
+from diffsal.maps.numbers import signed
 from diffsal.maps.outputs import Squash
 
 _SMALLEST_SPAN = 1e-19  # its inverse, a factor of the gradient, is still finite in float32
@@ -128,9 +129,9 @@ class SalienceMaps:
         The part of the true map's variation that the decision does not depend on. NaN where both
         are zero, and for one logit, whose common part is zero by construction.
         """
-        common, half = (
-            map_.flatten(1).var(1, correction=0) for map_ in (self.common, self.difference / 2)
-        )
+        pair = torch.stack([self.common.flatten(1), self.difference.flatten(1) / 2])
+        largest = pair.detach().abs().amax((0, 2))[:, None]  # whose square may not be a float
+        common, half = (pair / largest.where(largest > 0, 1)).var(2, correction=0)
         share = common / (common + half)
         return torch.full_like(share, torch.nan) if self.logits.shape[1] == 1 else share
 
@@ -198,8 +199,9 @@ class SalienceMaps:
     def __repr__(self) -> str:
         """One line: how many samples, of how many cells, and their margins."""
         cells = " × ".join(map(str, self.true.shape[1:]))
-        margins = self.margin.detach()
-        ends = f", margins {margins.min():+.3g} to {margins.max():+.3g} logits" if len(self) else ""
+        margins = self.margin.detach().tolist() or [0.0]
+        ends = " to ".join(signed(min(margins), max(margins)))
+        ends = f", margins {ends} logits" if len(self) else ""
         return f"SalienceMaps({len(self)} × {cells} cells{ends}, on {self.true.device})"
 
     def __len__(self) -> int:

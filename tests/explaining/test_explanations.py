@@ -274,7 +274,7 @@ def test_an_input_is_never_overwritten(run, tmp_path):
         (["image.png", "--model", "weights.pt", "--device", "cuda:99"], 1, "not available"),
         (["image.png", "--model", "weights.pt", "--device", "gpu"], 1, "unknown"),
         (["image.png", "--model", "weights.pt", "--size", "0"], 2, "--size"),
-        (["image.png", "--model", "weights.pt", "--size", "3"], 1, "does not run on 3 x 3"),
+        (["image.png", "--model", "weights.pt", "--size", "3"], 1, "does not run on [1, 3, 3, 3]"),
         (["image.png", "--model", "weights.pt", "--mean", "1,2"], 2, "--mean"),
         (["image.png", "--model", "image.png"], 1, "image.png"),
         (["empty", "--model", "weights.pt"], 1, "no images"),

@@ -150,3 +150,31 @@ def test_12_bits_in_16_are_noted(tmp_path: Path, own_file: Callable[..., Path]) 
     )
     noted = [" ".join(record["caveats"]).count("nearly black") for record in manifest["images"]]
     assert noted == [1, 0]
+
+
+def deflated(path: Path, beside: int = 0) -> bytes:
+    """Writes a DICOM file with as many zeros beside its pixels; returns these."""
+    examples = pytest.importorskip("pydicom.examples")
+    dataset = examples.ct
+    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
+    dataset.add_new(0x00091010, "UN", bytes(beside))
+    dataset.save_as(path)
+    pixels: bytes = read_image(Path(examples.get_path("ct"))).tobytes()
+    return pixels
+
+
+def test_what_deflated_dicom_inflates_to_is_bounded(
+    tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.dcm"
+    pixels = deflated(path)
+    assert read_image(path).tobytes() == pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    assert read_image(path).tobytes() == pixels
+    deflated(path, beside=3_000_000)
+    assert path.stat().st_size < 200_000
+    with refused("inflates to more than 3 MB"):
+        read_image(path)
+    path.write_bytes(path.read_bytes()[:2_000])
+    with refused("cannot be decoded"):
+        read_image(path)
