@@ -8,7 +8,6 @@ import csv
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, TextIO
 
 import numpy as np
@@ -30,7 +29,7 @@ from diffsal.data.index import Index
 from diffsal.errors import DiffsalError
 from diffsal.explaining.records import identity
 from diffsal.models.checkpoints import LoadedModel
-from diffsal.system.files import replacing, write_json, writing
+from diffsal.system.files import replacing, scratch_folder, write_json
 from diffsal.system.locks import sole_writer
 from diffsal.system.spreadsheets import inert
 
@@ -93,11 +92,11 @@ def _audit(
     gallery = choose_gallery(evidence.measured)
     document = _document(evidence, gallery)
     columns = {name: evidence.measured.column(name) for name in COLUMNS}
-    with writing(Path(gettempdir())), TemporaryDirectory() as scratch:
+    with scratch_folder(folder) as scratch:
         pictures = (
-            *draw_gallery(gallery, evidence, Path(scratch)),
+            *draw_gallery(gallery, evidence, scratch),
             draw_composites(evidence),
-            draw_kinds(evidence, Path(scratch)),
+            draw_kinds(evidence, scratch),
         )
         page = render_report(document, columns, *pictures)
 
