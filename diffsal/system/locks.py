@@ -97,7 +97,10 @@ def remove_scratch(folder: Path) -> None:
     """
     if fcntl is None:
         return
-    for path in folder.glob(f"{SCRATCH}*"):
+    paths: list[Path] = []
+    with suppress(OSError):  # the folder is gone
+        paths += folder.glob(f"{SCRATCH}*")
+    for path in paths:
         with suppress(OSError):  # in use, someone else's, or gone by now
             is_folder = path.is_dir()
             way = os.O_RDONLY if is_folder else os.O_RDWR

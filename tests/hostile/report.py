@@ -15,6 +15,7 @@ from typing import Any
 
 from hostile import tries
 from hostile.attacks import attack
+from hostile.disks import full_disks, read_only_folders, removed_folders
 from hostile.kills import kills
 from hostile.runs import COMMANDS
 
@@ -40,6 +41,9 @@ RUNS: dict[str, Callable[[Path], tries.Tries]] = {
     "kill -9 of protocol run with attacks": partial(
         kills, name="protocol run", count=10, with_fooling=True
     ),
+    "full disks": full_disks,
+    "read-only folders": read_only_folders,
+    "folders removed meanwhile": partial(removed_folders, count=10),
 }
 """What befalls runs. They have processes of their own, whose memory is not measured."""
 
