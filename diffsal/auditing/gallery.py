@@ -15,6 +15,7 @@ from diffsal.auditing.report import LARGEST, data_uri, picture
 from diffsal.auditing.rows import Measured
 from diffsal.auditing.settings import Settings
 from diffsal.data.index import Sample
+from diffsal.errors import DiffsalError
 from diffsal.explaining.explanations import Outputs, explain_images
 from diffsal.explaining.explanations import Settings as ExplanationSettings
 from diffsal.explaining.figures import PANELS
@@ -172,7 +173,10 @@ def _pictures(
         ),
         overwrite=True,
     )
-    files = zip(PANELS, manifest["images"][0]["files"], strict=True)
+    record = manifest["images"][0]
+    if "error" in record:  # it was read and explained before
+        raise DiffsalError(f"{sample.path}: cannot be drawn: {record['error']}")
+    files = zip(PANELS, record["files"], strict=True)
     return {"input": picture(sample.path)} | {
         panel: picture(scratch / name) for panel, name in files
     }

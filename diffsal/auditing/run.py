@@ -18,7 +18,7 @@ from diffsal.auditing.evidence import Evidence, gather
 from diffsal.auditing.findings import find
 from diffsal.auditing.gallery import choose_gallery, draw_composites, draw_gallery, draw_kinds
 from diffsal.auditing.parts import find_parts
-from diffsal.auditing.progress import LOG, log_file, logged
+from diffsal.auditing.progress import LOG, LOG_NAME, is_ours, log_file, logged
 from diffsal.auditing.report import render_report
 from diffsal.auditing.rows import COLUMNS, Measured, Row
 from diffsal.auditing.settings import Settings
@@ -113,6 +113,8 @@ def _audit(
 
 def _check_free(folder: Path, overwrite: bool) -> None:
     there = [folder / name for name in _FILES if (folder / name).exists()]
+    log = folder / LOG_NAME
+    there += [log] if log.exists() and not is_ours(log) else []
     if there and not overwrite:
         raise DiffsalError(
             f"{there[0]} is there already: pass --overwrite, or name another folder with --out"

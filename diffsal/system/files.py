@@ -1,5 +1,6 @@
 """Files that have an end, to read; and to write: whole or not there, renamed into their place."""
 
+import errno
 import json
 import os
 import shutil
@@ -30,7 +31,10 @@ def open_regular(path: Path) -> BinaryIO:
     def without_waiting(name: str, flags: int) -> int:  # opening a pipe waits for its writer
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
-    file = open(path, "rb", opener=without_waiting)  # noqa: SIM115
+    try:
+        file = open(path, "rb", opener=without_waiting)  # noqa: SIM115
+    except ValueError as error:  # a name with a NUL
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path)) from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise DiffsalError("is a pipe, device or socket: copy what it gives into a file")

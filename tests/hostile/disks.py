@@ -7,8 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hostile.runs import COMMANDS, Ended, Fate, check_whole, contents, differing
-from hostile.runs import make_data, run, scratch
+from hostile.runs import (
+    COMMANDS,
+    Ended,
+    Fate,
+    check_whole,
+    contents,
+    differing,
+    make_data,
+    run,
+    scratch,
+)
 from hostile.tries import Tries
 
 SIZES = (0.02, 0.1, 0.3, 0.6, 0.9)
@@ -35,7 +44,9 @@ def _mount(*words: str | Path) -> bool:
         return False
 
 
-def full_disks(folder: Path, names: tuple[str, ...] = tuple(COMMANDS)) -> Tries:
+def full_disks(
+    folder: Path, names: tuple[str, ...] = tuple(COMMANDS), sizes: tuple[float, ...] = SIZES
+) -> Tries:
     """Every command on disks of several sizes, and over an earlier run where nothing more fits.
 
     Where mounting is not allowed, files larger than this do not fit.
@@ -45,7 +56,7 @@ def full_disks(folder: Path, names: tuple[str, ...] = tuple(COMMANDS)) -> Tries:
     for name in names:
         whole = folder / f"{name}, whole"
         assert run(COMMANDS[name].line(data, whole), whole).code == 0
-        for size in SIZES:
+        for size in sizes:
             yield (
                 f"{name}, {size} of the room",
                 lambda name=name, size=size, whole=whole: _full(name, data, folder, whole, size),

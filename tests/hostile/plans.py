@@ -63,6 +63,10 @@ def toml_files(folder: Path, count: int, every: int = 1) -> Tries:
         if number % every == 0:
             text = _toml({**GRID, table: {**GRID[table], key: value}})
             yield f"[{table}] {key} = {value[:40]}", _read(path, text.encode())
+            if table == "training":
+                own = "\n".join(f"{k} = {v}" for k, v in {**GRID[table], key: value}.items())
+                train = written(folder / "train.toml", own.encode())
+                yield f"{key} = {value[:40]}", lambda train=train: TrainingConfig.from_toml(train)
     draw, whole = random.Random(0), _toml(GRID).encode()
     for number in range(count):
         yield f"mutation {number}", _read(path, mutated(whole, draw))
@@ -80,11 +84,9 @@ def _toml(tables: dict[str, dict[str, str]]) -> str:
 def _read(path: Path, content: bytes) -> Callable[[], object]:
     def read() -> None:
         written(path, content)
-        try:
-            TrainingConfig.from_toml(path)
-        finally:
-            protocol = read_protocol(path)
-            protocol.hash()
+        protocol = read_protocol(path)
+        write_json(path.with_name("protocol.json"), protocol.to_dict())
+        protocol.hash()
 
     return read
 

@@ -17,6 +17,8 @@ from hostile import tries
 from hostile.attacks import attack
 from hostile.disks import full_disks, read_only_folders, removed_folders
 from hostile.kills import kills
+from hostile.plans import results, toml_files
+from hostile.repeats import repeats, threads
 from hostile.runs import COMMANDS
 
 from diffsal.system.files import replacing
@@ -34,6 +36,8 @@ FILES: dict[str, Callable[[Path, int], tries.Tries]] = {
     ),
     "an image of 88 megapixels": lambda folder, times: tries.large_image(folder, times == WHOLE),
     "index files": lambda folder, times: tries.index_files(folder, 60 * times),
+    "TOML files": lambda folder, times: toml_files(folder, 50 * times, 6 // times),
+    "folders of results": lambda folder, times: results(folder, 50 * times),
 }
 """Attacks by files: makes the tries in a folder, six times as many for `WHOLE`."""
 RUNS: dict[str, Callable[[Path], tries.Tries]] = {
@@ -44,6 +48,8 @@ RUNS: dict[str, Callable[[Path], tries.Tries]] = {
     "full disks": full_disks,
     "read-only folders": read_only_folders,
     "folders removed meanwhile": partial(removed_folders, count=10),
+    "the same command again": repeats,
+    "other numbers of threads": threads,
 }
 """What befalls runs. They have processes of their own, whose memory is not measured."""
 

@@ -11,7 +11,7 @@ from hostile.runs import COMMANDS, Fate, make_data, run
 from hostile.tries import Tries
 
 ONE_EACH: dict[str, Callable[[Path], Tries]] = {
-    "full": partial(full_disks, names=("fool",)),
+    "full": partial(full_disks, names=("fool",), sizes=(0.3,)),
     "read-only": partial(read_only_folders, names=("fool",)),
     "removed": partial(removed_folders, names=("protocol run",), count=2),
 }
