@@ -23,6 +23,7 @@ from diffsal.auditing.gallery import (
     explained,
 )
 from diffsal.auditing.parts import find_parts
+from diffsal.auditing.progress import LOG_NAME, is_ours
 from diffsal.auditing.report import render_report
 from diffsal.auditing.rows import COLUMNS, Measured, Number, Row
 from diffsal.auditing.settings import Settings
@@ -154,6 +155,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
         >>> check_free(Path("where/nothing/is"), overwrite=False)
     """
     there = [folder / name for name in _FILES if (folder / name).exists()]
+    log = folder / LOG_NAME
+    there += [log] if log.exists() and not is_ours(log) else []
     if there and not overwrite:
         raise DiffsalError(
             f"{there[0]} is there already: pass --overwrite, or name another folder with --out"

@@ -13,6 +13,7 @@ them all alike."""
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ _OF_THE_MODEL = (
     *("architecture", "arguments", "weights", "target_layer", "size", "resize", "mean", "std"),
     *("augment", "pool"),
 )
+_MOST_SEEDS = 10_000
 _LONGEST = 200  # characters of a file's name; most file systems take 255 bytes
 
 
@@ -333,7 +335,7 @@ def _task(name: str, own: Mapping[str, Any], common: Mapping[str, Any], path: Pa
     weights = given.get("weights", "DEFAULT")
     if isinstance(weights, str) and weights != "none" and not weights.isupper():
         given["weights"] = str(path.parent / weights)
-        if not Path(given["weights"]).is_file():
+        if not os.path.isfile(given["weights"]):
             raise DiffsalError(f"{where}: there are no weights {given['weights']}; make them first")
     return Task(name, index, is_left_out, fraction, TrainingConfig.from_dict(given, where))
 
@@ -359,7 +361,7 @@ def _method(name: str, own: Mapping[str, Any], where: str) -> dict[str, Any]:
     if name == FOOLING:
         raise DiffsalError(f"{where}: is what experiment (a) is called; choose another name")
     chosen = {"method": name, **own}
-    if chosen["method"] not in LOSSES:
+    if not isinstance(chosen["method"], str) or chosen["method"] not in LOSSES:
         raise DiffsalError(f"{where}: needs method, one of {', '.join(LOSSES)}")
     if name in LOSSES and chosen["method"] != name:
         raise DiffsalError(f"{where}: is the name of another loss; choose another name")
@@ -371,12 +373,17 @@ def _method(name: str, own: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _seeds(given: Any, path: Path) -> tuple[int, ...]:
-    seeds = list(range(given)) if type(given) is int else given
-    if not _is_list_of(seeds, int) or not seeds:
-        raise DiffsalError(f"{path}: seeds is a number of seeds, or a list of them")
-    if len(set(seeds)) < len(seeds):
+    count = given if type(given) is int else len(given) if _is_list_of(given, int) else 0
+    if not 0 < count <= _MOST_SEEDS:
+        raise DiffsalError(
+            f"{path}: seeds is a number of seeds, 1 to {_MOST_SEEDS}, or a list of them"
+        )
+    seeds = tuple(range(given) if type(given) is int else given)
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise DiffsalError(f"{path}: a seed is a whole number from 0 to {2**32 - 1}")
+    if len(set(seeds)) < count:
         raise DiffsalError(f"{path}: a seed is there twice")
-    return tuple(seeds)
+    return seeds
 
 
 def _tables(given: Any, where: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -408,7 +415,7 @@ def _identity(index: Index) -> list[list[Any]]:
 def _plain(config: TrainingConfig) -> dict[str, Any]:
     left_out = (*_NOT_IN_TRAINING, *_OF_THE_MACHINE)
     plain = {name: value for name, value in config.to_dict().items() if name not in left_out}
-    if Path(config.weights).is_file():
+    if os.path.isfile(config.weights):
         digest = hashlib.sha256(Path(config.weights).read_bytes()).hexdigest()
         plain["weights"] = f"sha256:{digest}"
     return plain

@@ -1,6 +1,5 @@
 """What a job does: train a model, perhaps attack it, and measure what came of it."""
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from diffsal.protocol.measures import (
 )
 from diffsal.protocol.scores import CONTROL, HONEST
 from diffsal.system.devices import choose_device
+from diffsal.system.files import scratch_folder
 from diffsal.training.config import TrainingConfig
 from diffsal.training.loop import fit
 from diffsal.training.run import new_model, training_set
@@ -92,7 +92,7 @@ def _trained(
 
 
 def fool_job(
-    attack: TrainingConfig, index: Index, config: TrainingConfig, read: DecodedImages
+    attack: TrainingConfig, index: Index, config: TrainingConfig, read: DecodedImages, folder: Path
 ) -> dict[str, Any]:
     """Train an honest model, fool it, and measure all on the samples that were held out.
 
@@ -101,6 +101,7 @@ def fool_job(
         index: with the splits ``train`` and ``test``.
         config: how the honest model is trained.
         read: what has the samples' pixels.
+        folder: where models lie on the way.
 
     Returns:
         As :func:`train_job`, and what Figure 1 shows.
@@ -114,13 +115,13 @@ def fool_job(
     attack = replace(attack, seed=config.seed, device=config.device, workers=config.workers)
     models: dict[str, dict[str, Any]] = {}
     pictured: list[int] = []
-    with tempfile.TemporaryDirectory() as folder:
-        honest = Path(folder, "honest.pt")
+    with scratch_folder(folder) as scratch:
+        honest = scratch / "honest.pt"
         save_checkpoint(honest, model, **description)
         for name in (HONEST, *ATTACKS):
             path = honest
             if name in ATTACKS:
-                path = Path(folder, "fooled.pt")
+                path = scratch / "fooled.pt"
                 fool(index, load_model(honest), path, config=attack, read=read, **ATTACKS[name])
             loaded = load_model(path)
             model, layer = loaded.model.to(choose_device(config.device)), loaded.target_layer

@@ -1,4 +1,4 @@
-"""Whether the content of a job's file is what a job writes."""
+"""Whether the content of files of results is what a protocol and its jobs write."""
 
 import sys
 from collections.abc import Sequence
@@ -20,6 +20,35 @@ FURTHER = (
 )
 _MAPS = ("true", "false", "difference")
 _SKILLS = {"rectangles", "marked"}
+
+
+def is_plan(protocol: Any) -> bool:
+    """Whether a frozen protocol has what names its jobs, of the types that it is made of.
+
+    Example:
+        >>> tasks = {"tiles": {"subsets": ["crack"]}}
+        >>> is_plan({"seeds": [0], "tasks": tasks, "methods": {"contrast": {}}})
+        True
+        >>> is_plan({"seeds": 10**9, "tasks": tasks, "methods": {"contrast": {}}})
+        False
+    """
+    if not isinstance(protocol, dict):
+        return False
+    seeds, tasks, methods = (protocol.get(name) for name in ("seeds", "tasks", "methods"))
+    return (
+        isinstance(seeds, list)
+        and all(type(seed) is int for seed in seeds)
+        and isinstance(tasks, dict)
+        and all(
+            isinstance(task, dict) and _are_names(task.get("subsets")) for task in tasks.values()
+        )
+        and isinstance(methods, dict)
+        and bool(methods)
+    )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def is_whole(content: dict[str, Any], job: Job) -> bool:

@@ -228,7 +228,7 @@ def _attempt(
     index = protocol.task(job.task).split(job.subset)
     try:
         if job.method == FOOLING and protocol.fooling is not None:
-            result = fool_job(protocol.fooling, index, config, reads[job.task])
+            result = fool_job(protocol.fooling, index, config, reads[job.task], out / _CACHE)
         else:
             result = train_job(job, index, config, reads[job.task])
         seconds = time.perf_counter() - started

@@ -1,6 +1,7 @@
 """A folder of results: read back, and drawn."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from diffsal.errors import DiffsalError
 from diffsal.protocol.configuration import grid, hash_of, slug
-from diffsal.protocol.job_files import is_whole
+from diffsal.protocol.job_files import is_plan, is_whole
 from diffsal.protocol.plots import save_aurocs, save_fooling
 from diffsal.protocol.scores import FOOLING, Score, aurocs
 from diffsal.system.files import read_text
@@ -72,17 +73,17 @@ def read_results(out: str | Path) -> Results:
         raise DiffsalError(f"{out}: no {CONFIGURATION} here; run diffsal protocol run first")
     frozen = read_json(out / CONFIGURATION, ("hash", "protocol"))
     protocol = frozen["protocol"]
-    if frozen["hash"] != hash_of(protocol):
+    if frozen["hash"] != hash_of(protocol) or not is_plan(protocol):
         raise DiffsalError(
             f"{out / CONFIGURATION}: is damaged; put it back, or run into another --out"
         )
     subsets = {name: task["subsets"] for name, task in protocol["tasks"].items()}
-    with_fooling = protocol[FOOLING] is not None
+    with_fooling = protocol.get(FOOLING) is not None
     planned = grid(protocol["seeds"], subsets, list(protocol["methods"]), with_fooling)
     results = []
     for job in planned:
         file = out / job.file
-        if file.is_file():
+        if os.path.isfile(file):  # whatever it is called
             results.append(read_json(file, ("hash", "task", "method", "subset", "seed", "models")))
             if results[-1]["hash"] != frozen["hash"]:
                 raise DiffsalError(f"{file}: is of another protocol; remove it and run again")

@@ -1,11 +1,13 @@
 """Files that have an end, to read; and to write: whole or not there, renamed into their place."""
 
+import errno
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +31,10 @@ def open_regular(path: Path) -> BinaryIO:
     def without_waiting(name: str, flags: int) -> int:  # opening a pipe waits for its writer
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
-    file = open(path, "rb", opener=without_waiting)  # noqa: SIM115
+    try:
+        file = open(path, "rb", opener=without_waiting)  # noqa: SIM115
+    except ValueError as error:  # a name with a NUL
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path)) from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise DiffsalError("is a pipe, device or socket: copy what it gives into a file")
@@ -128,6 +133,33 @@ def replacing(path: Path) -> Iterator[Path]:
                 raise
         with suppress(OSError):  # Windows opens no folders
             _to_disk(path.parent)
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder within ``folder``, for files on the way to others; it is gone afterwards.
+
+    What a killed process left there, the next run removes, as it does not in the system's folder
+    for temporary files.
+
+    Raises:
+        DiffsalError: the folder cannot be made, or the disk is full.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with scratch_folder(Path(folder)) as scratch:
+        ...         there = scratch.parent == Path(folder)
+        ...     there, list(Path(folder).iterdir())
+        (True, [])
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=folder))
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        with suppress(OSError):  # Windows opens no folders
+            stack.enter_context(holding(os.open(scratch, os.O_RDONLY)))
+        yield scratch
 
 
 @contextmanager

@@ -5,6 +5,7 @@ none is ever stale. Windows has none. There, and on file systems without locks, 
 and what killed runs left is not removed."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,20 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 SCRATCH = ".diffsal-"
-"""How the names of scratch files begin."""
+"""How the names of scratch files and folders begin."""
+_held: set[int] = set()  # descriptors with locks
+
+
+def _let_go() -> None:
+    """Locks are this process's: with a fork that outlives it they would seem held."""
+    for descriptor in _held:
+        with suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -63,14 +77,14 @@ def sole_writer(folder: Path, name: str = "") -> Iterator[None]:
         with suppress(OSError):  # gone, or the folder is
             path.unlink()
         if descriptor is not None:
-            os.close(descriptor)
+            _close(descriptor)
         if is_new:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove the scratch files that lie in a folder and that no living process holds.
+    """Remove the scratch files and folders that lie in a folder and that no living process holds.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -83,19 +97,24 @@ def remove_scratch(folder: Path) -> None:
     """
     if fcntl is None:
         return
-    for path in folder.glob(f"{SCRATCH}*"):
+    paths: list[Path] = []
+    with suppress(OSError):  # the folder is gone
+        paths += folder.glob(f"{SCRATCH}*")
+    for path in paths:
         with suppress(OSError):  # in use, someone else's, or gone by now
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            is_folder = path.is_dir()
+            way = os.O_RDONLY if is_folder else os.O_RDWR
+            descriptor = os.open(path, way | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                shutil.rmtree(path) if is_folder else path.unlink()
             finally:
                 os.close(descriptor)
 
 
 @contextmanager
 def holding(scratch: int) -> Iterator[None]:
-    """Hold an open scratch file, so that :func:`remove_scratch` lets it be; it is closed at last.
+    """Hold an open scratch file or folder: :func:`remove_scratch` lets it be; it is closed at last.
 
     Example:
         >>> import tempfile
@@ -106,27 +125,35 @@ def holding(scratch: int) -> Iterator[None]:
         ...     Path(name).exists()
         True
     """
+    _held.add(scratch)
     try:
         if fcntl is not None:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(scratch, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
-        os.close(scratch)
+        _close(scratch)
+
+
+def _close(descriptor: int) -> None:
+    if descriptor in _held:  # not in a fork
+        _held.remove(descriptor)
+        os.close(descriptor)
 
 
 def _lock_file(path: Path) -> int:
     """A descriptor of the file, locked where that can be; BlockingIOError: another run's."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        _held.add(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(descriptor)
+            _close(descriptor)
             raise
         except OSError:  # a file system without locks
             return descriptor
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
-        os.close(descriptor)  # of a run that ended, and removed it, just now
+        _close(descriptor)  # of a run that ended, and removed it, just now

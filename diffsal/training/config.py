@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from inspect import signature
+from math import isfinite
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
@@ -129,6 +130,10 @@ class TrainingConfig:
             low, high = _RANGES.get(name, (-math.inf, math.inf))
             if isinstance(value, int | float) and not low <= value <= high:
                 raise _bad_value(name, value, f"from {low} to {high:g}")
+        if not _is_plain(self.arguments):
+            raise _bad_value(
+                "arguments", self.arguments, "texts and finite numbers, or lists of them"
+            )
         for name, known in ((self.method, LOSSES), *((one, AUGMENTATIONS) for one in self.augment)):
             if name not in known:
                 raise _bad_value("method or augment", name, f"one of {', '.join(known)}")
@@ -255,6 +260,17 @@ def _is_of(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     return type(value) in ((int, float) if kind is float else (origin or kind,))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether checkpoints and results can hold it: a date, say, they cannot."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(one) for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return (
+        value is None or isinstance(value, str | int) or (type(value) is float and isfinite(value))
+    )
 
 
 def _words(kind: Any) -> str:

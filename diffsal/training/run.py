@@ -283,7 +283,15 @@ def _read_run(path: Path, resume: bool, identity: Mapping[str, Any]) -> dict[str
     if not resume:
         raise DiffsalError(f"{path.parent}: holds a run; --resume it, or choose another --out")
     try:
-        with open_regular(path) as file:
+        file = open_regular(path)
+    except OSError as error:
+        raise DiffsalError(
+            f"{path}: cannot be read ({error.strerror}); allow it, or choose another --out"
+        ) from error
+    except DiffsalError as error:
+        raise DiffsalError(f"{path}: {error}, or choose another --out") from error
+    try:
+        with file:
             checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise almost anything
         raise _damaged(path) from error

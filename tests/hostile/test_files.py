@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from training.samples import TINY
 
 from diffsal.auditing import settings as auditing
+from diffsal.auditing.progress import is_ours
 from diffsal.auditing.run import audit
 from diffsal.cli.main import main
 from diffsal.data.index import Index, read_index
@@ -224,6 +225,24 @@ def test_no_cell_of_a_table_is_a_formula(
     assert found["data"]["outside"] == 1
     page = (tmp_path / "audit" / "report.html").read_text("utf-8")
     assert "1 of the images and human maps do not lie in the folder of the index" in page
+
+
+def test_an_audit_replaces_no_log_but_an_audits(
+    index: Index, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffsal.auditing.run._audit", lambda *_: {})
+    log, loaded = tmp_path / "audit.log", loaded_model(tmp_path)
+    log.write_text("1 May: the auditors came")
+    with refused("audit.log is there already: pass --overwrite, or name another folder"):
+        audit(index, loaded, tmp_path, settings())
+    assert log.read_text() == "1 May: the auditors came"
+    audit(index, loaded, tmp_path, settings(), overwrite=True)
+    assert is_ours(log)
+    audit(index, loaded, tmp_path, settings())
+    log.unlink()
+    os.mkfifo(log)  # writing to it would wait for ever
+    with refused("audit.log is there already"):
+        audit(index, loaded, tmp_path, settings())
 
 
 def test_a_protocols_table_has_no_formula_either() -> None:

@@ -76,6 +76,19 @@ def test_no_checkpoint_at_all_is_one_line(
         train(index, tmp_path, QUICK, resume=True)
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    run: Path, index: Index, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To remove it, as is advised for damaged ones, would lose the run."""
+
+    def open_regular(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("diffsal.training.run.open_regular", open_regular)
+    with refused(r"last.pt: cannot be read \(Permission denied\); allow it, or choose another"):
+        train(index, run, QUICK, resume=True)
+
+
 def test_numbers_that_are_equal_are_the_same_setting(index: Index, tmp_path: Path) -> None:
     """A TOML file says 1, the command line makes 1.0 of it."""
     train(index, tmp_path, replace(QUICK, momentum=0))

@@ -47,8 +47,11 @@ def test_methods_by_their_weights(data, write, toml):
     [
         ("seeds = 2", "sedes = 2", "the key 'sedes' is unknown; known: seeds"),
         ("seeds = 2", "seeds = [1, 1]", "a seed is there twice"),
-        ("seeds = 2", 'seeds = "2"', "a number of seeds, or a list"),
-        ("seeds = 2", "seeds = 0", "a number of seeds, or a list"),
+        ("seeds = 2", 'seeds = "2"', "a number of seeds, 1 to 10000, or a list"),
+        ("seeds = 2", "seeds = 0", "a number of seeds, 1 to 10000, or a list"),
+        ("seeds = 2", "seeds = 1000000000", "a number of seeds, 1 to 10000, or a list"),
+        ("seeds = 2", "seeds = [-1]", "a seed is a whole number from 0"),
+        ("[methods.contrast]", "[methods.other]\nmethod = ['contrast']", "needs method, one of"),
         ("epochs = 1", "epoch = 1", "the key 'epoch' is unknown; near: epochs"),
         ("epochs = 1", 'epochs = "1"', "epochs must be int"),
         ("epochs = 1", "epochs = 1\nseed = 4", "seed is none of it; methods and seeds are"),

@@ -4,8 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,8 @@ from diffsal.data.preprocessing import Preprocessing
 from diffsal.data.splits import with_validation
 from diffsal.models.architectures import build_model
 from diffsal.models.checkpoints import load_model, save_checkpoint
-from diffsal.training.config import TrainingConfig
-from diffsal.training.loop import predict
+from diffsal.training.config import Select, TrainingConfig
+from diffsal.training.loop import Record, is_best, predict
 from diffsal.training.losses import LOSSES, ContrastSalienceLoss
 from diffsal.training.run import new_model, train
 
@@ -120,25 +119,32 @@ def start(folder: Path, run: Path, config: TrainingConfig, *launcher: str) -> su
     )
 
 
-def test_a_killed_run_goes_on_bit_for_bit(index: Index, folder: Path, tmp_path: Path) -> None:
-    config = replace(TINY, epochs=20, select="best-auroc")
-    log = tmp_path / "killed" / "log.jsonl"
-    with start(folder, tmp_path / "killed", config) as process:
-        while not log.exists() or log.read_bytes().count(b"\n") < 3:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.001)
-        process.kill()  # SIGKILL
-    finished = len(load(tmp_path / "killed" / "last.pt")["training"]["history"])
-    assert 2 <= finished < 20
-    # Killed while it wrote: half a line, and a checkpoint that never got its name.
+def test_a_run_that_ended_anywhere_goes_on_bit_for_bit(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``tests/hostile/test_kills.py`` kills runs."""
+    config = replace(TINY, epochs=5, select="best-auroc")
+
+    def ends_in_the_fourth_epoch(history: Sequence[Record], select: Select) -> bool:
+        if len(history) > 3:
+            raise KeyboardInterrupt
+        return is_best(history, select)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffsal.training.run.is_best", ends_in_the_fourth_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            train(index, tmp_path / "ended", config)
+    assert len(load(tmp_path / "ended" / "last.pt")["training"]["history"]) == 3
+    # While it wrote: half a line, and a checkpoint that never got its name.
+    log = tmp_path / "ended" / "log.jsonl"
     log.write_text(log.read_text() + '{"epoch": 9, "lo')
-    (tmp_path / "killed" / ".scratch.pt").write_bytes(b"half")
-    train(index, tmp_path / "killed", config, resume=True)
+    (tmp_path / "ended" / ".scratch.pt").write_bytes(b"half")
+    train(index, tmp_path / "ended", config, resume=True)
 
     train(index, tmp_path / "whole", config)
-    assert not differences(tmp_path / "killed", tmp_path / "whole")
-    assert records(tmp_path / "killed") == records(tmp_path / "whole")
-    best = [flatten(load(tmp_path / name / "best.pt")) for name in ("killed", "whole")]
+    assert not differences(tmp_path / "ended", tmp_path / "whole")
+    assert records(tmp_path / "ended") == records(tmp_path / "whole")
+    best = [flatten(load(tmp_path / name / "best.pt")) for name in ("ended", "whole")]
     assert all(torch.equal(v, best[1][k]) for k, v in best[0].items() if isinstance(v, Tensor))
 
 
