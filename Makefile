@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test slow lint types docs bench zoo hostile surface clean
+.PHONY: help demo test slow lint types docs notebooks bench zoo hostile surface clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
@@ -26,6 +26,9 @@ types: $(VENV)/installed  ## mypy, strict
 
 docs: $(VENV)/documents  ## The pages, build/docs/index.html; warnings are errors
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+
+notebooks: $(VENV)/documents  ## Run examples/notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python examples/notebooks/run.py
 
 bench: $(VENV)/installed  ## Ratios measured side by side, in minutes
 	$(BIN)/python benchmarks/explain.py

@@ -73,7 +73,7 @@ def _composites(numbers: _Numbers) -> str:
 
 
 def _audited(numbers: _Numbers, measured: Measured, index: Index, split: str) -> str:
-    where = "the test split" if split == "test" else "the index"
+    where = "the test split" if split == "test" else "the data"
     told = f"Audited: {images_in_words(len(measured.rows))} of {where}. The model is right on "
     told += f"{percent(numbers['correct']['mean'])} of them"
     if "auroc" in numbers:

@@ -1,5 +1,6 @@
 """The picture of one explanation."""
 
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -128,9 +129,18 @@ def as_figure(pixels: Pixels) -> Figure:
         >>> as_figure(np.zeros((50, 80, 3), np.uint8)).get_size_inches().tolist()
         [0.8, 0.5]
     """
-    figure = Figure((pixels.shape[1] / _DPI, pixels.shape[0] / _DPI), dpi=_DPI)
+    figure = _Shown((pixels.shape[1] / _DPI, pixels.shape[0] / _DPI), dpi=_DPI)
     figure.figimage(pixels)
     return figure
+
+
+class _Shown(Figure):
+    """A figure that notebooks show though pyplot, whose task that is, knows nothing of it."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
 
 
 def overlay_layers(explanation: Explanation) -> dict[str, Layer]:
