@@ -109,8 +109,10 @@ def _hand_over_modules(twins: dict[nn.Module, nn.Module]) -> None:
     """Modules that a run was the first to build."""
     known = set(twins.values())
     for module, twin in twins.items():
-        built = {name: child for name, child in twin._modules.items() if child not in known}
-        module._modules.update((name, child) for name, child in built.items() if child is not None)
+        for name, child in twin._modules.items():
+            if child is not None and child not in known:
+                module.__dict__.pop(name, None)  # a None that stood for it would hide it
+                module._modules[name] = child
 
 
 def _give_own_buffers(twins: dict[nn.Module, nn.Module]) -> None:

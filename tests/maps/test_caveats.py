@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsal.maps.caveats import caveats
+from diffsal.maps.numbers import signed
 from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
 
@@ -34,7 +35,9 @@ def test_half_the_margin_off_the_map(share: float, is_said: bool) -> None:
     off = maps.margin * share
     moved = replace(maps, true=maps.true - (off / maps.true[0].numel())[:, None, None])
     assert ("explains little" in words(moved)) == is_said
-    assert f"{float(off[0]):+.2f} are not on it" in words(moved) or not is_said
+    written = signed(float(maps.margin[0]), float(off[0]))
+    told = f"of a margin of {written[0]} logits, {written[1]} are not on it"
+    assert (told in words(moved)) == is_said
 
 
 @pytest.mark.parametrize(("stride", "is_said"), [(8, True), (6, False)])
@@ -46,3 +49,16 @@ def test_a_constant_map() -> None:
     maps = maps_of()
     constant: Tensor = torch.full_like(maps.true, 0.25)
     assert "is constant: it marks nothing" in words(replace(maps, true=constant, false=-constant))
+
+
+def test_a_map_that_is_drawn_as_constant_marks_nothing() -> None:
+    maps = maps_of()
+    tiny = replace(maps, true=maps.true * 1e-25, false=maps.false * 1e-25)
+    assert "constant" in words(tiny)
+
+
+def test_what_is_not_finite_tells_nothing() -> None:
+    maps = maps_of()
+    assert words(replace(maps, logits=maps.logits / 0)) == (
+        "Logits or maps are not finite: they tell nothing."
+    )
