@@ -11,7 +11,7 @@ from hostile.runs import COMMANDS, Fate, contents, differing, make_data, run
 from hostile.tries import Tries
 
 WITHIN = 1e-6
-"""By how much numbers may differ with the number of threads, as a part of the largest of a kind."""
+"""By how much numbers may differ with the threads, as a part of the largest of their kind."""
 
 
 def repeats(folder: Path, names: tuple[str, ...] = tuple(COMMANDS)) -> Tries:
