@@ -29,7 +29,8 @@ def _printable(character: str) -> str:
 
 def one_line(error: Exception) -> str:
     """An exception as one line of at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    said = f": {error}" if str(error) else ""
+    return " ".join(f"{type(error).__name__}{said}".split())[:200]
 
 
 def some_of(names: Iterable[str]) -> str:

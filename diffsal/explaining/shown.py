@@ -107,7 +107,7 @@ def as_html(maps: SalienceMaps) -> str:
     Example:
         >>> each = torch.tensor([2.0]), torch.tensor([0.5]), torch.tensor([1]), torch.tensor([0])
         >>> maps = SalienceMaps(*torch.rand(2, 1, 7, 7), torch.rand(1, 2), *each, "label")
-        >>> "<td>+1.5</td>" in as_html(maps)  # the margin
+        >>> "<td>+1.50</td>" in as_html(maps)  # the margin
         True
     """
     head = "true class", "against", "margin", "for", "against it", "residual", "common mode"

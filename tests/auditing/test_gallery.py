@@ -18,6 +18,7 @@ def test_gallery_shows_what_it_says(audited):
     assert shown["wrong"]
     assert not any(wrong[path] for path in shown["wrong"])
     assert all(wrong[path] for path in shown["typical"])
-    assert (
-        audited.page.count("data:image/png;base64,") == 5 * sum(map(len, shown.values())) + 15 + 9
-    )
+    kinds = audited.json["clusters"]["kinds"]
+    of_kinds = sum(1 + len(one["examples"]) for one in kinds)
+    pictures = 5 * sum(map(len, shown.values())) + 15 + 9 + of_kinds
+    assert audited.page.count("data:image/png;base64,") == pictures

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,7 @@ def test_equal_attacks_leave_equal_bytes(index: Index, tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from diffsal.system.files import replacing
 from diffsal.system.locks import sole_writer
 
@@ -230,7 +232,9 @@ def test_no_cell_of_a_table_is_a_formula(
 def test_an_audit_replaces_no_log_but_an_audits(
     index: Index, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffsal.auditing.run._audit", lambda *_: {})
+    found = SimpleNamespace(document={}, save=lambda *_: None)
+    monkeypatch.setattr("diffsal.auditing.run.gather", lambda *_: None)
+    monkeypatch.setattr("diffsal.auditing.run.Audit", lambda _: found)
     log, loaded = tmp_path / "audit.log", loaded_model(tmp_path)
     log.write_text("1 May: the auditors came")
     with refused("audit.log is there already: pass --overwrite, or name another folder"):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffsal.errors import DiffsalError
 from diffsal.maps.modes import evaluated
 from diffsal.maps.salience import capture, explain
 from diffsal.maps.target_layers import TargetLayer, find_target_layer
@@ -307,11 +308,14 @@ def test_invariant_6_the_model_is_left_as_it_was(
 ) -> None:
     net, x = in_mixed_state(pooled_net()), images(2)
     expected: type[BaseException] | None = None
-    if event in ("behind", "KeyboardInterrupt"):
-        expected = KeyboardInterrupt if event == "KeyboardInterrupt" else ZeroDivisionError
-        net.relu = Failing(expected())
+    # What runs the model itself says in one line what was raised.
+    of_model = DiffsalError if way == "explain" else ZeroDivisionError
+    if event == "KeyboardInterrupt":
+        expected, net.relu = KeyboardInterrupt, Failing(KeyboardInterrupt())
+    elif event == "behind":
+        expected, net.relu = of_model, Failing(ZeroDivisionError())
     elif event == "before":
-        expected, net.first = ZeroDivisionError, Failing(ZeroDivisionError())
+        expected, net.first = of_model, Failing(ZeroDivisionError())
     elif event == "maps":
         expected = Exception
     label = 7 if event == "maps" else 1
