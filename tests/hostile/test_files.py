@@ -87,7 +87,6 @@ def test_equal_attacks_leave_equal_bytes(index: Index, tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from types import SimpleNamespace
 from diffsal.system.files import replacing
 from diffsal.system.locks import sole_writer
 
