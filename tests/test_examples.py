@@ -53,6 +53,7 @@ def test_timm(tmp_path):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_audit_digits(tmp_path, capsys):
     main = example("audit_digits")["main"]
     train, held_out = map(first, (128, 24), digits())

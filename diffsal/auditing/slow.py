@@ -36,6 +36,7 @@ from diffsal.models.checkpoints import LoadedModel
 
 CURVE_STEPS = 10  # of insertion and deletion, whose mean areas 80 would change by 0.003
 _FINEST = 8  # cells to occlude along each axis: more would cost their square in forward passes
+_REMOVED = (25, 50, 75)  # per cent of the pixels, by ROAD, whose imputation is the dearest step
 _DRAWS = 4  # of SmoothGrad, whose ranks of cells hardly change with more
 _DONORS = 4  # images of other classes, of which each cell gets one's pixels
 
@@ -251,7 +252,12 @@ def _curves(model: nn.Module, settings: Settings, batch: Batch, maps: SalienceMa
 def _road(model: nn.Module, settings: Settings, batch: Batch, maps: SalienceMaps) -> Found:
     return {
         f"road_{kind}": road(
-            model, batch.inputs, getattr(maps, kind), maps.true_class, seed=settings.seed
+            model,
+            batch.inputs,
+            getattr(maps, kind),
+            maps.true_class,
+            percentiles=_REMOVED,
+            seed=settings.seed,
         )
         for kind in MAPS
     }, {}

@@ -152,6 +152,7 @@ def training_digits(index: Index, pixels: Tensor) -> ImageDataset:
     return ImageDataset(index.split("train"), PREPROCESSING, read=read)
 
 
+@pytest.mark.slow
 def test_an_attacker_who_knows_composites_passes_them(folder: Path, index: Index) -> None:
     """At equal epochs: the test tells them from others less well, and they are near the target."""
     honest, (inputs, labels) = load_model(folder / "honest.pt").model, digits()[1].tensors()

@@ -82,6 +82,7 @@ def test_shards_share_the_grid(tmp_path, done, refused, whole_grid):
         run(whole_grid, tmp_path, shard=(4, 3), device="cpu")
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_processes_share_the_grid(data, tmp_path, write):
     write(data)
     out = tmp_path / "out"
@@ -123,6 +124,7 @@ def test_killed_and_started_again_it_ends_the_same(data, tmp_path, grid, one_thr
     assert comparable(out) == comparable(undisturbed)
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_it_at_once_and_its_workers(data, tmp_path, grid, write, toml):
     command = [sys.executable, "-m", "diffsal", "protocol", "run", str(data / "grid.toml")]
     command += ["--out", str(tmp_path), "--jobs", "2", "--device", "cpu"]

@@ -11,13 +11,7 @@ from diffsal.models.architectures import build_model
 from diffsal.training.losses import LOSSES
 
 EPOCHS = 10
-METHODS = [
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in ("baseline", "difference", "per-class")
-    ),
-    "contrast",
-]
+METHODS = ("baseline", "difference", "per-class", "contrast")
 
 
 @cache
@@ -46,6 +40,7 @@ def trained(method):
     return float(accuracy), float(inside.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_evidence_moves_into_the_human_map(method, record_property):
     (plain_accuracy, plain_share), (accuracy, share) = trained("cross-entropy"), trained(method)
