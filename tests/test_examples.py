@@ -125,3 +125,51 @@ def test_the_picture_at_the_top(tmp_path, monkeypatch):
     torch.testing.assert_close(before[1], after[1], rtol=1e-3, atol=1e-4)
     assert torch.corrcoef(torch.stack([before[2].flatten(), after[2].flatten()]))[0, 1] < 0.9
     assert Image.open(tmp_path / "hero.png").size == (1100, 640)
+
+
+def test_lightning_callback():
+    logger = pytest.importorskip("lightning.pytorch.loggers.logger")
+
+    class Writer:
+        def __init__(self):
+            self.images = []
+
+        def add_image(self, name, pixels, step, dataformats):
+            assert dataformats == "HWC"
+            self.images.append((name, pixels, step))
+
+    class InMemory(logger.DummyLogger):
+        experiment = Writer()
+
+    main = example("lightning_callback")["main"]
+    main(InMemory(), epochs=2, samples=16)
+    names, pictures, steps = zip(*InMemory.experiment.images, strict=True)
+    assert names == ("salience/0", "salience/1") * 2
+    assert steps == (1, 1, 2, 2)
+    assert {one.shape[2] for one in pictures} == {3}
+    assert (pictures[0] != pictures[2]).any()  # another epoch, another map
+
+
+@pytest.mark.parametrize("kind", ["log_image of the logger", "log_image of the client"])
+def test_lightning_callback_and_other_loggers(kind):
+    pytest.importorskip("lightning")
+    said = []
+
+    class Logger:
+        run_id = "7"
+        experiment = object()
+
+    class Client:
+        def log_image(self, run_id, pixels, key, step):
+            said.append((run_id, pixels.shape, key, step))
+
+    if kind == "log_image of the logger":
+        Logger.log_image = lambda self, key, images, step: said.append(
+            ("7", images[0].shape, key.replace("/", "-"), step)
+        )
+    else:
+        Logger.experiment = Client()
+    example("lightning_callback")["_log"](
+        Logger(), "salience/0", torch.zeros(2, 3, 3).numpy(), step=5
+    )
+    assert said == [("7", (2, 3, 3), "salience-0", 5)]
