@@ -13,6 +13,7 @@ from diffsal.cli.main import main
 from diffsal.demo import Digits, digits, train_digits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 )

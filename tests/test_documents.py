@@ -39,7 +39,7 @@ def prepared(tmp_path_factory):
     )
     pixels = np.random.default_rng(0).integers(0, 256, (48, 60, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "image.png")
-    images, labels = torch.rand(6, 3, 64, 64), torch.tensor([0, 1] * 3)
+    images, labels = torch.rand(4, 3, 64, 64), torch.tensor([0, 1] * 2)
     return folder, {
         "diffsal": diffsal,
         "torch": torch,
@@ -47,7 +47,7 @@ def prepared(tmp_path_factory):
         "x": images,
         "images": images,
         "labels": labels,
-        "human_maps": torch.rand(6, 64, 64),
+        "human_maps": torch.rand(4, 64, 64),
         "dataset": list(zip(images, labels, strict=True)),
     }
 

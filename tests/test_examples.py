@@ -79,6 +79,7 @@ def test_drop_in(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "heatmap.png").size == (64, 64)
 
 
+@pytest.mark.slow
 def test_composites_digits(tmp_path):
     module = example("composites_digits")
     names = module["run_seed"].__globals__

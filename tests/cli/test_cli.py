@@ -193,6 +193,7 @@ def test_a_grey_network_by_every_command(folder, monkeypatch):
     run("train", "index.csv", *arch, *again, "--method", "cross-entropy", "--out", "again")
 
 
+@pytest.mark.slow
 def test_the_classes_assumed_order_is_told(folder):
     train = ["train", "index.csv", "--config", "tiny.toml", "--epochs", 4, "--out", "run"]
     run(*train, "--method", "cross-entropy")

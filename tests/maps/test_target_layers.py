@@ -57,6 +57,7 @@ def test_the_table_knows_every_classifier_of_torchvision() -> None:
     assert len(CLASSIFIERS) >= 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CLASSIFIERS],
@@ -71,6 +72,7 @@ def test_layer_of_every_classifier_of_torchvision(meta_classifier: Make, name: s
     assert (layer.reshape is not None) == name.startswith("vit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [one for one in FAMILIES if not re.match("vit_[hl]", one)])
 def test_grid_of_every_family(meta_classifier: Make, family: str) -> None:
     _, name, size, side = FAMILIES[family]

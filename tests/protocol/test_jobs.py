@@ -74,6 +74,7 @@ def test_another_protocol_does_not_mix_with_the_results(data, done, refused, wri
         run(read_protocol(write(data, text, "other.toml")), done, device="cpu")
 
 
+@pytest.mark.slow
 def test_shards_share_the_grid(tmp_path, done, refused, whole_grid):
     parts = [run(whole_grid, tmp_path, shard=(i, 3), device="cpu").done for i in (1, 2, 3)]
     assert [len(part) for part in parts] == [4, 3, 3]
@@ -98,6 +99,7 @@ def test_under_torchrun_the_processes_share_the_grid(data, tmp_path, write):
     assert len(list((out / "cache").glob("*.npy"))) == 2
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_the_same(data, tmp_path, grid, one_thread):
     """SIGKILL of the process alone: its workers must end by themselves.
 
@@ -216,6 +218,7 @@ def test_a_job_that_fails_stops_no_other_and_is_tried_again(tmp_path, grid, monk
     assert (len(outcome.done), len(outcome.there), len(outcome.failed)) == (4, 4, 0)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_ended_from_outside_is_one_line(tmp_path, grid, refused):
     started = threading.Thread(target=end_a_worker, args=(tmp_path,), daemon=True)
     started.start()

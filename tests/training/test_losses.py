@@ -127,7 +127,9 @@ def convnext(outputs: int) -> Network:
 
 
 @pytest.mark.parametrize("network", [densenet, resnet, efficientnet, convnext])
-@pytest.mark.parametrize("outputs", [1, 2, 3])
+@pytest.mark.parametrize(
+    "outputs", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_losses_and_their_gradients_are_those_of_the_equations(
     network: Callable[[int], Network], outputs: int
 ) -> None:

@@ -148,6 +148,7 @@ def test_a_run_that_ended_anywhere_goes_on_bit_for_bit(
     assert all(torch.equal(v, best[1][k]) for k, v in best[0].items() if isinstance(v, Tensor))
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(
     index: Index, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
