@@ -48,7 +48,8 @@ def main() -> None:
     """Explain binary image classifiers by the difference of their classes' maps.
 
     Data goes to stdout, progress and notes to stderr. Exit status: 0 done, 1 nothing could be
-    done, 2 wrong usage, 3 some inputs failed and the rest are done.
+    done, 2 wrong usage, 3 some inputs failed and the rest are done, 4 a threshold of
+    yours (audit --fail-on) is not met.
     """
 
 
