@@ -60,24 +60,29 @@ def counts(quick: int, whole: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("count", [quick, pytest.param(whole, marks=pytest.mark.slow)])
 
 
-@counts(40, 1_000)
+@counts(30, 1_000)
 @pytest.mark.parametrize("way", WAYS)
 def test_calls_leave_memory_and_hooks_as_they_were(way: str, count: int) -> None:
     model = net().eval()
     for _ in range(10):
         WAYS[way](model)
     before = alive()
-    tracemalloc.start()
-    try:
+
+    def grown() -> int:
+        """Bytes; a cache fills once, what leaks does so every time."""
         start, _ = tracemalloc.get_traced_memory()
         for _ in range(count):
             WAYS[way](model)
         gc.collect()
-        end, _ = tracemalloc.get_traced_memory()
+        return tracemalloc.get_traced_memory()[0] - start
+
+    tracemalloc.start()
+    try:
+        least = min(grown() for _ in range(3))
     finally:
         tracemalloc.stop()
     assert alive() == before
-    assert end - start < 64 * 1024
+    assert least < 16 * 1024
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
