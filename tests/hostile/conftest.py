@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hostile.samples import write_index
 
 from diffsal.data.index import Index, read_index
 from diffsal.models.architectures import build_model
@@ -61,18 +60,7 @@ def plain_state() -> dict[str, torch.Tensor]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 noisy images, bright at the top or at the bottom, each with a human map."""
     folder = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    lines = ["path,label,map,split"]
-    for number in range(16):
-        bright = np.zeros((32, 32), np.uint8)
-        bright[slice(16) if number % 2 else slice(16, None)] = 255
-        noise = generator.integers(0, 160, (32, 32), np.uint8)
-        Image.fromarray(noise + bright // 4).save(folder / f"{number}.png")
-        Image.fromarray(bright).save(folder / f"map{number}.png")
-        split = "train" if number < 8 else "val" if number < 12 else "test"
-        label = "top" if number % 2 else "bottom"
-        lines.append(f"{number}.png,{label},map{number}.png,{split}")
-    (folder / "index.csv").write_text("\n".join(lines))
+    write_index(folder)
     return folder
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hostile.samples import write_index
 from PIL import Image
 from tqdm import tqdm
 from training.samples import TINY, write_config
@@ -103,17 +104,7 @@ COMMANDS = {
 def make_data(data: Path, with_fooling: bool = False) -> None:
     """16 images of 32 x 32 pixels with human maps, configurations, a trained model."""
     data.mkdir()
-    draw = np.random.default_rng(0)
-    lines = ["path,label,map,split"]
-    for number in range(16):
-        bright = np.zeros((32, 32), np.uint8)
-        bright[slice(16) if number % 2 else slice(16, None)] = 255
-        noise = draw.integers(0, 160, (32, 32), np.uint8)
-        Image.fromarray(noise + bright // 4).save(data / f"{number}.png")
-        Image.fromarray(bright).save(data / f"map{number}.png")
-        split = "train" if number < 8 else "val" if number < 12 else "test"
-        lines.append(f"{number}.png,{('bottom', 'top')[number % 2]},map{number}.png,{split}")
-    (data / "index.csv").write_text("\n".join(lines))
+    write_index(data)
     (data / "grid.toml").write_text(GRID + FOOLING * with_fooling)
     write_config(data / "train.toml", replace(TINY, epochs=2, batch_size=8))
     assert run(COMMANDS["train"].line(data, data / "run"), data / "run").code == 0
