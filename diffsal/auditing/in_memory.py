@@ -12,7 +12,7 @@ from torch import nn
 from diffsal.auditing.evidence import gather
 from diffsal.auditing.progress import Watch, watched
 from diffsal.auditing.result import Audit
-from diffsal.auditing.settings import Occluders, Settings
+from diffsal.auditing.settings import Occluders, Settings, usual_batch_size
 from diffsal.data.index import Index, read_index
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.data.sources import FILES, Held, hold
@@ -88,7 +88,7 @@ def audit(
         limit,
         precision,
         tuple(occluders),
-        batch_size or (8 if on.type == "cpu" else 64),
+        batch_size or usual_batch_size(on),
         seed,
         held.source,
     )

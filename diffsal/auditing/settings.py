@@ -13,6 +13,16 @@ Occluders: TypeAlias = Literal["mean", "blur", "noise", "transplant"]
 """
 
 
+def usual_batch_size(device: torch.device) -> int:
+    """On a CPU, memory for more images at once costs a sixth of the time.
+
+    Example:
+        >>> usual_batch_size(torch.device("cpu")), usual_batch_size(torch.device("cuda"))
+        (8, 64)
+    """
+    return 8 if device.type == "cpu" else 64
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a model is audited.

@@ -76,7 +76,7 @@ def audit(
     """
     from diffsal.auditing.progress import logged
     from diffsal.auditing.run import audit as run
-    from diffsal.auditing.settings import Settings
+    from diffsal.auditing.settings import Settings, usual_batch_size
     from diffsal.auditing.thresholds import failures, junit, parse_threshold
     from diffsal.models.checkpoints import load_model
     from diffsal.system.devices import choose_device
@@ -96,8 +96,7 @@ def audit(
         limit=limit,
         precision=precision,
         occluders=occluder,
-        # On a CPU, memory for more at once costs a sixth of the time.
-        batch_size=batch_size or (8 if device.type == "cpu" else 64),
+        batch_size=batch_size or usual_batch_size(device),
         seed=seed,
     )
     labelled = options.labelled_index(index, maps, loaded, given)

@@ -27,6 +27,7 @@ _KEYS = (  # by which data sets whose items are mappings call an image, a label 
     ("label", "labels"),
     ("map", "mask"),
 )
+_ASKED_TWICE = 8  # items, of which random augmentation would change some
 _SLACK = 0.02  # by which pixels may leave [0, 1]: interpolation overshoots
 
 
@@ -91,8 +92,9 @@ def hold(data: Any, *, classes: Sequence[str] | None, preprocessing: Preprocessi
             can be shown; ``None`` where tensors lie in [0, 1].
 
     Raises:
-        DiffsalError: no items, an item of another form, a label that is no class, images without
-            ``preprocessing``, tensors of several shapes, or tensors that are not what
+        DiffsalError: no items, an item of another form, or that changes when it is asked for again
+            (of the first eight), a label that is no class, or of classes in another order, images
+            without ``preprocessing``, tensors of several shapes, or tensors that are not what
             ``preprocessing`` would have made.
 
     Example:
@@ -109,12 +111,21 @@ def hold(data: Any, *, classes: Sequence[str] | None, preprocessing: Preprocessi
         )
     if len(items) == 0:
         raise DiffsalError(f"the {name} is empty: pass images and labels of each class")
-    names = tuple(classes or _own_names(data) or ())
+    own = tuple(_own_names(data) or ())
+    names = tuple(classes or own)
+    is_other_order = names != own and sorted(names) == sorted(own)
     labels, tensors = [], _Tensors(preprocessing)
     for position in range(len(items)):
         image, label, _ = _parts(items[position], position)
+        if is_other_order and not isinstance(label, str):
+            raise DiffsalError(
+                f"the {name} calls its classes {', '.join(own)}, the model's are "
+                f"{', '.join(names)}: its labels would be read in the wrong order; yield names, or the model's labels"
+            )
         labels.append(_label(label, names, position))
         tensors.look(image, position)
+        if position < _ASKED_TWICE:
+            _check_steady(image, _parts(items[position], position)[0], position)
     names = names or tuple(f"class {label}" for label in range(max(2, max(labels) + 1)))
     samples = tuple(
         Sample(Path(f"image {position}"), label) for position, label in enumerate(labels)
@@ -269,6 +280,20 @@ def _parts(item: Any, position: int) -> tuple[Any, Any, Any]:
         f"item {position} is a {type(item).__name__}{keys}: yield (image, label), (image, label, "
         "map), or a mapping with the keys image, label and perhaps map"
     )
+
+
+def _check_steady(image: Any, again: Any, position: int) -> None:
+    if isinstance(image, str | Path):
+        return
+    first, second = (
+        one.detach().cpu().numpy() if isinstance(one, Tensor) else np.asarray(one)
+        for one in (image, again)
+    )
+    if not np.array_equal(first, second, equal_nan=first.dtype.kind == "f"):
+        raise DiffsalError(
+            f"item {position}: is another image whenever it is asked for; pass the data without "
+            "random augmentation"
+        )
 
 
 def _label(label: Any, names: Sequence[str], position: int) -> int:

@@ -197,6 +197,30 @@ def test_inputs_made_in_another_way_are_refused(index, files, refused):
         diffsal.audit(loaded, tensors(index), target_layer=torch.nn.Linear(1, 1), **HOW)
 
 
+def test_labels_in_another_order_than_the_models_are_refused(index, files, refused):
+    folder, _ = files
+    loaded = load_model(folder / "weights.pt")
+    data = Pictures(index, "arrays")
+    data.classes = data.classes[::-1]
+    with refused("calls its classes 8, 3, the model's are 3, 8"):
+        diffsal.audit(loaded, data, **HOW)
+    named = Pictures(index, "mapping")  # yields names, whose order is of no account
+    held = hold(named, classes=tuple(named.classes[::-1]), preprocessing=PREPROCESSING)
+    assert held.index.classes[held.index.samples[0].label] == named[0]["label"]
+
+
+def test_random_augmentation_is_refused(refused):
+    class Noisy(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, position):
+            return torch.rand(3, 8, 8), position % 2
+
+    with refused("item 0: is another image whenever it is asked for"):
+        diffsal.audit(BagOfFeatures(), Noisy(), **HOW)
+
+
 def test_maps_of_other_forms_are_one_line(files, refused):
     folder, _ = files
     data = [(torch.zeros(3, 32, 32), number % 2, torch.full((4, 4), 2.0)) for number in range(4)]
