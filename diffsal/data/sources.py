@@ -120,7 +120,8 @@ def hold(data: Any, *, classes: Sequence[str] | None, preprocessing: Preprocessi
         if is_other_order and not isinstance(label, str):
             raise DiffsalError(
                 f"the {name} calls its classes {', '.join(own)}, the model's are "
-                f"{', '.join(names)}: its labels would be read in the wrong order; yield names, or the model's labels"
+                f"{', '.join(names)}: its labels would be read in the wrong order; "
+                "yield names, or the model's labels"
             )
         labels.append(_label(label, names, position))
         tensors.look(image, position)
