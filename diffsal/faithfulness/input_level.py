@@ -16,7 +16,7 @@ from diffsal.errors import DiffsalError
 from diffsal.faithfulness.perturbation import around, cells_of_pixels
 from diffsal.faithfulness.statistics import Maps, one_map_each, rank_correlation
 from diffsal.faithfulness.variants import batched_logits, read_logits, settled_margin
-from diffsal.maps.admission import Layers, walk
+from diffsal.maps.admission import Layers, admit
 from diffsal.maps.contrast import Choice
 from diffsal.maps.layouts import Reshape
 from diffsal.maps.modes import evaluated
@@ -75,7 +75,7 @@ def smoothgrad(
             f"draws={draws} and noise={noise} give nothing to average: pass one draw or more, and "
             "a standard deviation of 0 or more"
         )
-    walk(model)
+    admit(model)
     with evaluated(model) as run, _gradients():
         inputs, cell_of_pixel = _differentiable(inputs), cell_of_pixel.to(inputs.device)
         with torch.no_grad():  # clones throughout, as a model may change its input in place

@@ -1,26 +1,32 @@
 """What can be captured: models and layers, checked before any hook is set."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple, TypeAlias
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from diffsal.errors import DiffsalError
 from diffsal.maps.fixed_statistics import may_be_norm
 from diffsal.maps.layouts import Reshape
 from diffsal.maps.looking import Example
+from diffsal.maps.parts import Walk, modules_of
 from diffsal.maps.target_layers import TargetLayer, find_target_layer, get_target_layer
 
 Layer: TypeAlias = "TargetLayer | nn.Module | str"
 Layers: TypeAlias = "Layer | Sequence[Layer] | None"
 
+_ACCEPTED: "WeakSet[Walk]" = WeakSet()
+"""With values that autograd can use."""
+_LAZY = UninitializedParameter, UninitializedBuffer
 
-class Walk(NamedTuple):
-    """What one walk over a model's modules finds; it is taken at every training step.
+
+class Admitted(NamedTuple):
+    """What a capture needs to know of a model's modules.
 
     Attributes:
         norms: modules that may be norms behind the pooling.
@@ -31,7 +37,7 @@ class Walk(NamedTuple):
     compiled: list[tuple[nn.Module, bool]]
 
 
-def walk(model: nn.Module) -> Walk:
+def admit(model: nn.Module) -> Admitted:
     """Refuse models that cannot be captured, and note what a capture needs to know.
 
     Raises:
@@ -39,41 +45,58 @@ def walk(model: nn.Module) -> Walk:
             ``DistributedDataParallel`` with ``static_graph``.
 
     Example:
-        >>> len(walk(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))).norms)
+        >>> len(admit(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))).norms)
         1
     """
-    found = Walk([], [])
-    for module in model.modules():
+    modules, walk = modules_of(model)
+    kinds = {*walk.kinds}
+    if any(issubclass(kind, DistributedDataParallel) for kind in kinds):
+        _check_ddp(modules)
+    if walk not in _ACCEPTED:  # what changes later, torch refuses when the model runs
+        _check_values(modules)
+        _ACCEPTED.add(walk)
+    compiled = [
+        (module, in_place)
+        for module in modules
+        if (in_place := module._compiled_call_impl is not None) or "_orig_mod" in module._modules
+    ]
+    may_be = {kind for kind in kinds if may_be_norm(kind)}
+    norms = [module for module in modules if type(module) in may_be and not module._modules]
+    return Admitted(norms, compiled)
+
+
+def _check_ddp(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
         if isinstance(module, DistributedDataParallel) and module.static_graph:
             raise DiffsalError(
                 "DistributedDataParallel(static_graph=True) gives silently wrong gradients for "
                 "losses of maps: build it without static_graph"
             )
-        for tensor in chain(module._parameters.values(), module._buffers.values()):
-            if tensor is not None:
-                _check_values(module, tensor)
-        in_place = module.__dict__.get("_compiled_call_impl") is not None
-        if in_place or "_orig_mod" in module._modules:
-            found.compiled.append((module, in_place))
-        if not module._modules and may_be_norm(type(module)):
-            found.norms.append(module)
-    return found
 
 
-def _check_values(module: nn.Module, tensor: Tensor) -> None:
-    if is_lazy(tensor):
+def _check_values(modules: Sequence[nn.Module]) -> None:
+    """Refuse parameters and buffers that autograd cannot use."""
+    holders = [(module._parameters, module._buffers) for module in modules]
+    values = chain.from_iterable([one.values() for pair in holders for one in pair if one])
+    tensors = [tensor for tensor in values if tensor is not None]
+    if any(issubclass(kind, _LAZY) for kind in {*map(type, tensors)}):
+        lazy = next(one for pair, one in zip(holders, modules, strict=True) if _any_lazy(*pair))
         raise DiffsalError(
-            f"a {type(module).__name__} has no weights before it has run: call the model once, on "
+            f"a {type(lazy).__name__} has no weights before it has run: call the model once, on "
             "a batch of images"
         )
-    if tensor.is_inference():
+    if any(map(Tensor.is_inference, tensors)):
         raise DiffsalError(
             "the model's parameters or buffers were made in inference mode, which autograd "
             "cannot use: build or load the model outside torch.inference_mode()"
         )
 
 
-def check_compiled(found: Walk, layers: Sequence[TargetLayer]) -> None:
+def _any_lazy(*holders: Mapping[str, Tensor | None]) -> bool:
+    return any(one is not None and is_lazy(one) for holder in holders for one in holder.values())
+
+
+def check_compiled(found: Admitted, layers: Sequence[TargetLayer]) -> None:
     """Refuse layers inside a compiled module, where hooks do not run.
 
     Raises:

@@ -115,12 +115,13 @@ def contrast(logits: Tensor, true: Choice = None, false: Choice = None) -> Contr
             raise DiffsalError(
                 "a callable target has no opposite: name false= (a class, a callable or 'rest')"
             )
-        true_class = torch.full((size,), NO_CLASS, device=logits.device)
+        named = true_class = torch.full((size,), NO_CLASS, device=logits.device)
         true_score = _call_scores(true, logits, "true")
     else:
-        true_class = predicted_class(logits) if true is None else _as_classes(true, logits, "true")
+        named = predicted_class(logits) if true is None else _as_classes(true, logits, "true")
+        true_class = _moved(named, logits)
         true_score = _class_score(logits, true_class)
-    false_class, false_score = _false(logits, true_class, false)
+    false_class, false_score = _false(logits, named, false)
     return Contrast(
         true_score=true_score,
         false_score=false_score,
@@ -201,14 +202,18 @@ def _as_classes(choice: Choice, logits: Tensor, side: str) -> Tensor:
             "pass one class for all, or one for each sample"
         )
     if classes.device.type == "cpu":
-        wrong = classes[(classes < 0) | (classes >= count)]
-        if wrong.numel():
+        wrong = [one for one in classes.tolist() if not 0 <= one < count]
+        if wrong:
             raise DiffsalError(
-                f"{side}= names class {int(wrong[0])}, but the model tells {count} classes apart: "
+                f"{side}= names class {wrong[0]}, but the model tells {count} classes apart: "
                 f"pass 0 to {count - 1}"
             )
     if classes.is_inference():
         classes = classes.clone()  # autograd saves the index, which inference tensors refuse
+    return classes
+
+
+def _moved(classes: Tensor, logits: Tensor) -> Tensor:
     return classes.to(logits.device, torch.int64, non_blocking=True)
 
 
@@ -219,7 +224,9 @@ def _class_score(logits: Tensor, classes: Tensor) -> Tensor:
     return logits.gather(1, classes[:, None])[:, 0]
 
 
-def _false(logits: Tensor, true_class: Tensor, false: Choice) -> tuple[Tensor, Tensor]:
+def _false(logits: Tensor, named: Tensor, false: Choice) -> tuple[Tensor, Tensor]:
+    """The false class and score; ``named`` are the true classes, where the caller has them."""
+    true_class = _moved(named, logits)
     if _is_score(false):
         return torch.full_like(true_class, NO_CLASS), _call_scores(false, logits, "false")
     if isinstance(false, str):
@@ -231,12 +238,14 @@ def _false(logits: Tensor, true_class: Tensor, false: Choice) -> tuple[Tensor, T
     elif false is None:
         classes = _runner_up(logits, true_class)
     else:
-        classes = _as_classes(false, logits, "false")
-        if bool((classes == true_class).any()):
+        against = _as_classes(false, logits, "false")
+        # Of labels on the CPU it is told there, where no GPU has to be waited for.
+        if bool((against.to(named.device) == named).any()):
             raise DiffsalError(
                 "the false class is the true class of at least one sample, so that their "
                 "difference is zero everywhere: name another class"
             )
+        classes = _moved(against, logits)
     return classes, _class_score(logits, classes)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffsal.errors import DiffsalError
 from diffsal.maps.contexts import set_hook
+from diffsal.maps.parts import modules_of
 
 _OF_PYTHON = "__dict__", "__weakref__"
 _STEADY: "WeakSet[nn.Module]" = WeakSet()
@@ -44,7 +45,7 @@ def evaluated(model: nn.Module, *, on_trial: bool = False) -> Iterator[nn.Module
         ...     run.training, model.training
         (False, True)
     """
-    modules = list(model.modules())
+    modules, _ = modules_of(model)
     training = [module for module in modules if module.training]
     if not training and model in _STEADY and not on_trial:
         yield model
@@ -95,7 +96,7 @@ def in_evaluation_mode(model: nn.Module) -> nn.Module:
         >>> twin is model, twin.weight is model.weight, twin.training, model.training
         (False, True, False, True)
     """
-    return _twins(list(model.modules()))[model]
+    return _twins(modules_of(model)[0])[model]
 
 
 def _hand_over(before: dict[str, Any], twin: nn.Module, module: nn.Module) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from diffsal.errors import DiffsalError
-from diffsal.maps.admission import Layers, as_layers, check_compiled, walk
+from diffsal.maps.admission import Layers, admit, as_layers, check_compiled
 from diffsal.maps.contexts import Where, here, plain_attention, set_hook
 from diffsal.maps.contrast import Choice, Contrast, contrast
 from diffsal.maps.examples import answer, as_inputs
@@ -114,7 +114,7 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
         outputs: Outputs | None = None,
         example: Example = None,
     ) -> None:
-        found = walk(model)
+        found = admit(model)
         self._alternatives = as_layers(model, target_layers, reshape_transform, example)
         self._layers = [
             branch for layer in self._alternatives for branch in (layer, *layer.branches)
