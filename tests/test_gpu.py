@@ -2,11 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torchvision.models import get_model
 
 from diffsal import DifferenceCAM, capture, explain
+from diffsal.data.preprocessing import Preprocessing
 from diffsal.training.losses import LOSSES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -75,3 +77,22 @@ def test_a_class_out_of_range_is_refused_before_it_reaches_the_gpu():
         pytest.raises(Exception, match="names class 2"),
     ):
         cam.maps(torch.randn(2, 3, 64, 64), true=torch.tensor([0, 2]).cuda())
+
+
+def test_heatmaps_are_in_memory_of_their_own():
+    on_cpu, on_gpu = twins("resnet18")
+    first, second = torch.randn(2, 3, 96, 96), torch.randn(2, 3, 96, 96)
+    with DifferenceCAM(on_cpu) as cam:
+        expected = [cam(first), cam(second)]
+    with DifferenceCAM(on_gpu) as cam:
+        heatmaps = [cam(first), cam(second)]  # the second in the memory of the first, if it were so
+    for ours, theirs in zip(heatmaps, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+def test_pixels_are_normalised_to_the_same_bits():
+    pixels = torch.arange(256, dtype=torch.uint8).expand(2, 3, 1, 256)
+    preprocessing = Preprocessing()
+    assert torch.equal(
+        preprocessing.normalized(pixels.cuda()).cpu(), preprocessing.normalized(pixels)
+    )

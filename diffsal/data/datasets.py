@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from diffsal.data.images import read_image, read_map
@@ -198,20 +197,24 @@ class ImageDataset(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int | None]) -> Item:
+        pixels, label, human_map, position = self.pixels(key)
+        return self.preprocessing.normalized(pixels), label, human_map, position
+
+    def pixels(self, key: int | tuple[int, int | None]) -> Item:
+        """As an item, before its image is normalised: (C, H, W) uint8, a quarter of the bytes."""
         position, seed = key if isinstance(key, tuple) else (key, None)
         sample = self.samples[position]
         pixels, human_map = self.read(sample, self.preprocessing)
         # Copies, since what is mapped from a file must not be written to.
-        views: list[Tensor] = [tv_tensors.Image(torch.from_numpy(pixels.copy()).permute(2, 0, 1))]
+        planes = np.array(pixels.transpose(2, 0, 1), order="C")
+        views: list[Tensor] = [tv_tensors.Image(torch.from_numpy(planes))]
         if human_map is not None:
             views.append(tv_tensors.Mask(torch.from_numpy(human_map.copy())))
         if self.augment is not None:
             views = self._augmented(views, seed)
         image, *moved_maps = (view.as_subclass(Tensor) for view in views)
         image = self.preprocessing.in_channels(image)
-        image = image.to(torch.float32).div_(255)  # bit for bit what Preprocessing makes
-        image = F.normalize(image, list(self.preprocessing.mean), list(self.preprocessing.std))
-        missing = image.new_full(image.shape[1:], torch.nan)
+        missing = torch.full(image.shape[1:], torch.nan)
         return image, sample.label, moved_maps[0] if moved_maps else missing, position
 
     def _augmented(self, views: list[Tensor], seed: int | None) -> list[Tensor]:
@@ -221,3 +224,25 @@ class ImageDataset(Dataset[Item]):
                 torch.default_generator.manual_seed(seed)
             moved = self.augment(*views)
         return list(moved) if isinstance(moved, tuple | list) else [moved]
+
+
+class Unnormalized(Dataset[Item]):
+    """A data set's items with images (C, H, W) uint8: what they weigh between processes and on the
+    way to a GPU is a quarter, and :meth:`Preprocessing.normalized` is for whole batches there.
+
+    Example:
+        >>> grey = lambda sample, preprocessing: (np.full((8, 8, 3), 51, np.uint8), None)
+        >>> dataset = ImageDataset([Sample(Path("a.png"), 1)], Preprocessing((8, 8)), read=grey)
+        >>> image, *_ = Unnormalized(dataset)[0]
+        >>> torch.equal(dataset.preprocessing.normalized(image), dataset[0][0])
+        True
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int | tuple[int, int | None]) -> Item:
+        return self.dataset.pixels(key)

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from statistics import fmean
 from typing import Any, Literal
 
@@ -116,9 +117,24 @@ class Preprocessing:
             DiffsalError: see `resized` and :func:`diffsal.data.forms.as_pixels`.
         """
         pixels = torch.from_numpy(self.resized(as_pixels(image))).permute(2, 0, 1).contiguous()
-        mean = torch.tensor(self.mean, dtype=torch.float32).view(-1, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float32).view(-1, 1, 1)
-        return self.in_channels(pixels).to(torch.float32).div_(255).sub_(mean).div_(std)
+        return self.normalized(self.in_channels(pixels))
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """From pixels to the network's input, on the pixels' device, to the same bits on any.
+
+        Args:
+            pixels: (channels, H, W) or (B, channels, H, W) uint8.
+
+        Returns:
+            The same shape, float32.
+
+        Example:
+            >>> white = torch.full((3, 1, 1), 255, dtype=torch.uint8)
+            >>> Preprocessing(mean=(0.5,), std=(0.5,)).normalized(white).flatten()
+            tensor([1., 1., 1.])
+        """
+        mean, std = (_per_channel(one, pixels.device) for one in (self.mean, self.std))
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def in_channels(self, pixels: Tensor) -> Tensor:
         """Colours as they are, or their luminance, to the bit as Pillow makes it.
@@ -206,6 +222,13 @@ class Preprocessing:
             round((resized[0] - self.size[0]) / 2),
             round((resized[1] - self.size[1]) / 2),
         )
+
+
+@lru_cache(maxsize=32)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(channels, 1, 1); kept, as bringing them to a GPU would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 def _bad_field(name: str, value: object, wanted: str) -> DiffsalError:

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from diffsal.errors import DiffsalError
+from diffsal.maps.examples import MADE_IN_INFERENCE
 from diffsal.maps.fixed_statistics import may_be_norm
 from diffsal.maps.layouts import Reshape
 from diffsal.maps.looking import Example
@@ -86,10 +87,7 @@ def _check_values(modules: Sequence[nn.Module]) -> None:
             "a batch of images"
         )
     if any(map(Tensor.is_inference, tensors)):
-        raise DiffsalError(
-            "the model's parameters or buffers were made in inference mode, which autograd "
-            "cannot use: build or load the model outside torch.inference_mode()"
-        )
+        raise DiffsalError(MADE_IN_INFERENCE)
 
 
 def _any_lazy(*holders: Mapping[str, Tensor | None]) -> bool:

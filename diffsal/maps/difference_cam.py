@@ -29,6 +29,7 @@ from diffsal.maps.salience import capture, explain, explaining
 from diffsal.maps.salience_maps import SalienceMaps, normalize, resize
 from diffsal.maps.target_layers import TargetLayer
 from diffsal.maps.weightings import Weighting
+from diffsal.system.devices import on_host
 
 Inputs: TypeAlias = "Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | Any"
 Targets: TypeAlias = Sequence[Any] | Tensor | None
@@ -160,8 +161,7 @@ class DifferenceCAM(BaseCAM):  # type: ignore[misc]
         false = _on_cpu(self.false if false is None else false)
         compute = self._augmented if aug_smooth else self._raw
         raw = compute(inputs, targets, false, eigen_smooth)
-        heatmaps: NDArray[np.float32] = normalize(raw).float().cpu().numpy()
-        return heatmaps
+        return on_host(normalize(raw))
 
     def forward(
         self,

@@ -11,6 +11,10 @@ from diffsal.errors import DiffsalError, one_line, some_of
 Inputs: TypeAlias = "tuple[tuple[Any, ...], Mapping[str, Any]]"
 """Positional arguments, and named ones."""
 
+MADE_IN_INFERENCE = (
+    "the model's parameters or buffers were made in inference mode, which autograd cannot use: "
+    "build or load the model outside torch.inference_mode()"
+)
 _SIDES = (224, 256, 299, 384, 448, 512, 336, 192, 160, 128, 96, 64, 48, 32, 28, 16, 8)
 _VOLUMES = (
     *(
@@ -54,6 +58,8 @@ def answer(model: nn.Module, inputs: Inputs) -> Any:
     except (DiffsalError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if "nference tensor" in str(error):
+            raise DiffsalError(MADE_IN_INFERENCE) from error
         given = (*positional, *named.values())
         shapes = [f"{list(one.shape)} {one.dtype}" for one in given if isinstance(one, Tensor)]
         first = next(model.parameters(), None)

@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from diffsal.data.datasets import ImageDataset, Item
+from diffsal.data.datasets import ImageDataset, Item, Unnormalized
+from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.maps.contrast import class_count, predicted_class
 from diffsal.maps.modes import evaluated
@@ -177,6 +178,7 @@ def fit(
         with capture(network, layer) as captured:
             for share, (images, labels, human_maps, _) in zip(sampler.shares, bar, strict=True):
                 images = images.to(device, non_blocking=True, memory_format=layout)
+                images = training.preprocessing.normalized(images)
                 maps = look(images, labels)
                 terms = criterion.terms(maps, human_maps.to(device, non_blocking=True))
                 loss = criterion.weighted_sum(terms)
@@ -194,7 +196,8 @@ def fit(
         record |= _means(steps, sampler, f"epoch {epoch}")
         state.scheduler.step()
         if validation and held_out:
-            logits = _predict(model, _bar(held_out, "validation", progress), config)
+            bar = _bar(held_out, "validation", progress)
+            logits = _predict(model, bar, validation.preprocessing, config)
             record |= _scores(logits, validation, f"epoch {epoch}")
         state.history.append(record)
         yield {**record, "seconds": time.perf_counter() - started}
@@ -261,7 +264,7 @@ def predict(
         DiffsalError: an image that cannot be read.
     """
     batches = _evaluation_loader(dataset, config, _device(model))
-    return _predict(model, _bar(batches, "prediction", progress), config)
+    return _predict(model, _bar(batches, "prediction", progress), dataset.preprocessing, config)
 
 
 def auroc(logits: Tensor, labels: Sequence[int]) -> float:
@@ -304,7 +307,12 @@ def is_best(history: Sequence[Record], select: Select) -> bool:
     return all(last > value for value in earlier)
 
 
-def _predict(model: nn.Module, batches: Iterable[Any], config: TrainingConfig) -> Tensor:
+def _predict(
+    model: nn.Module,
+    batches: Iterable[Any],
+    preprocessing: Preprocessing,
+    config: TrainingConfig,
+) -> Tensor:
     device = _device(model)
     if _process()[1] > 1:
         for buffer in model.buffers():  # batch-norm statistics are each process's own
@@ -312,8 +320,9 @@ def _predict(model: nn.Module, batches: Iterable[Any], config: TrainingConfig) -
     parts = []
     with evaluated(model) as run, torch.no_grad():
         for images, _, _, positions in batches:
+            inputs = preprocessing.normalized(images.to(device, non_blocking=True))
             with _autocast(device, config):
-                logits = logits_of_run(run, images.to(device, non_blocking=True)).logits
+                logits = logits_of_run(run, inputs).logits
             parts.append((positions, logits.float().view(len(images), -1)))
     parts = _gathered([(positions, logits.cpu()) for positions, logits in parts])
     positions, logits = map(torch.cat, zip(*parts, strict=True))
@@ -355,7 +364,7 @@ def _loader(
     dataset: ImageDataset, config: TrainingConfig, device: torch.device, **batches: Any
 ) -> DataLoader[Item]:
     return DataLoader(
-        dataset,
+        Unnormalized(dataset),
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
         pin_memory=device.type == "cuda",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from diffsal import capture
+from diffsal import capture, explain
 from diffsal.maps.parts import modules_of
 
 
@@ -100,3 +100,12 @@ def test_a_module_that_replaces_another_is_checked():
     model[3] = made
     with pytest.raises(Exception, match="inference mode"):
         capture(model)
+
+
+def test_weights_that_are_replaced_in_inference_mode_are_told_when_the_model_runs():
+    model, images = network().eval(), torch.rand(1, 3, 4, 4).double()
+    explain(model.float(), images.float())
+    with torch.inference_mode():
+        model.double()
+    with pytest.raises(Exception, match="outside torch"):
+        explain(model, images)
