@@ -343,10 +343,11 @@ class PerClassSalienceLoss(SalienceLoss):
     def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
         """``cross_entropy``, ``true`` and ``false``."""
         human, present = targets_for(human_maps, maps.true, self.pool)
+        true, false = _normalized_pair(maps)
         return {
             "cross_entropy": cross_entropy(maps),
-            "true": masked_mse(human, normalize(maps.true), present),
-            "false": masked_mse(1 - human, normalize(maps.false), present),
+            "true": masked_mse(human, true, present),
+            "false": masked_mse(1 - human, false, present),
         }
 
 
@@ -399,12 +400,12 @@ class ContrastSalienceLoss(SalienceLoss):
     def terms(self, maps: SalienceMaps, human_maps: Tensor | None) -> dict[str, Tensor]:
         """``cross_entropy``, ``true`` and ``contrast``."""
         human, present = targets_for(human_maps, maps.true, self.pool)
-        true = normalize(maps.true)
+        true, false = _normalized_pair(maps)
         target = 1 - (true.detach() if self.detach_target else true)
         return {
             "cross_entropy": cross_entropy(maps),
             "true": masked_mse(human, true, present),
-            "contrast": masked_mse(target, normalize(maps.false)),
+            "contrast": masked_mse(target, false),
         }
 
 
@@ -415,6 +416,12 @@ LOSSES: dict[str, type[SalienceLoss]] = {
     "per-class": PerClassSalienceLoss,
     "contrast": ContrastSalienceLoss,
 }
+
+
+def _normalized_pair(maps: SalienceMaps) -> tuple[Tensor, Tensor]:
+    """Both classes' maps, each sample's by itself: at once, as small steps wait for the host."""
+    true, false = normalize(torch.cat([maps.true, maps.false])).chunk(2)
+    return true, false
 
 
 def cross_entropy(maps: SalienceMaps) -> Tensor:
