@@ -30,10 +30,9 @@ docs: $(VENV)/documents  ## The pages, build/docs/index.html; warnings are error
 notebooks: $(VENV)/documents  ## Run examples/notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python examples/notebooks/run.py
 
-bench: $(VENV)/installed  ## Ratios measured side by side, in minutes
-	$(BIN)/python benchmarks/explain.py
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/protocol.py
+bench: $(VENV)/installed  ## Ratios measured side by side; rewrites docs/benchmarks.md
+	$(BIN)/python -m pip install --quiet --editable '.[zoo]'
+	$(BIN)/python benchmarks/all.py
 
 zoo: $(VENV)/installed  ## Other libraries' models, one of each family; rewrites docs/models.md
 	$(BIN)/python -m pip install --quiet --editable '.[zoo]'

@@ -17,16 +17,17 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from timing import Row, printed, row
 
 from diffsal import capture
 from diffsal.models.architectures import build_model
@@ -129,38 +130,31 @@ def grid(options: argparse.Namespace) -> tuple[float, float]:
     return sum(rates), sum(job["trained_on"] * options.epochs for job in jobs) / seconds
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for, and images per second of each way."""
+def measure(options: argparse.Namespace) -> list[Row]:
+    """Images per second of each way, and as a share of the bare steps at once."""
     alone, at_once = bare_at_once(options, 1), bare_at_once(options, options.jobs)
     training, whole = grid(options)
-    return {
-        **{name: getattr(options, name) for name in ("arch", "method", "device", "size", "batch")},
-        **{name: getattr(options, name) for name in ("amp", "jobs", "images", "epochs")},
-        "bare, one process": alone,
-        "bare, all at once": at_once,
+    rates = {
+        "bare steps, one process": alone,
+        "bare steps, all at once": at_once,
         "grid, training": training,
         "grid, whole": whole,
     }
-
-
-def table(found: dict[str, Any]) -> str:
-    """The rates, and each as a share of the bare steps at once."""
-    head = "{arch}, {method}, {size} px, batch {batch}, {amp}, {device}, {jobs} jobs at once"
-    bare_rate = found["bare, all at once"]
-    return "\n".join(
-        [
-            head.format_map(found),
-            *(
-                f"{name:20}{found[name]:>10.0f} images/s{found[name] / bare_rate:>8.2f}"
-                for name in found
-                if name.startswith(("bare", "grid"))
-            ),
-        ]
-    )
+    told = ("arch", "method", "size", "batch", "amp", "jobs", "images", "epochs")
+    setting = {name: getattr(options, name) for name in told}
+    return [
+        row("grid", name, setting, [rate / at_once]) | {"images_per_second": rate}
+        for name, rate in rates.items()
+    ]
 
 
 def main() -> None:
-    """Print the table, or with ``--json`` the numbers."""
+    """Print the rows."""
+    print(printed(measure(options())))
+
+
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What is asked for; ``None``: on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=2)
@@ -173,12 +167,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="of the grid's jobs")
     parser.add_argument("--seconds", type=float, default=5.0, help="of bare steps")
     parser.add_argument("--threads", type=int, default=1, help="of a process, on the CPU")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    if options.epochs < 2:
+    chosen = parser.parse_args(arguments)
+    if chosen.epochs < 2:
         parser.error("--epochs: at least 2, since the first one is not counted")
-    found = measure(options)
-    print(json.dumps(found) if options.json else table(found))
+    return chosen
 
 
 if __name__ == "__main__":

@@ -51,7 +51,12 @@ from diffsal.cli import options
     show_default=True,
     help="Processes that read images and draw.",
 )
-@click.option("--save-maps", is_flag=True, help="Write <stem>.npz with raw and normalised maps.")
+@click.option("--save-maps", is_flag=True, help="Write <stem>.npz with the raw maps.")
+@click.option(
+    "--save-resized-maps",
+    is_flag=True,
+    help="Write <stem>.npz with maps at the image's size, too, in [0, 1].",
+)
 @click.option("--overlays", is_flag=True, help="Write each panel as a PNG of the image's size.")
 @click.option("--no-figure", is_flag=True, help="Write no <stem>.png.")
 @options.overwrite
@@ -67,6 +72,7 @@ def explain(
     batch_size: int,
     workers: int,
     save_maps: bool,
+    save_resized_maps: bool,
     overlays: bool,
     no_figure: bool,
     overwrite: bool,
@@ -98,7 +104,12 @@ def explain(
         weighting=weighting,
         batch_size=batch_size,
         workers=workers,
-        outputs=Outputs(figure=not no_figure, overlays=overlays, maps=save_maps),
+        outputs=Outputs(
+            figure=not no_figure,
+            overlays=overlays,
+            maps=save_maps,
+            resized_maps=save_resized_maps,
+        ),
     )
     manifest = explain_images(images, loaded, out, settings, overwrite)
     if process_rank()[0] == 0:

@@ -133,8 +133,10 @@ class Preprocessing:
             >>> Preprocessing(mean=(0.5,), std=(0.5,)).normalized(white).flatten()
             tensor([1., 1., 1.])
         """
-        mean, std = (_per_channel(one, pixels.device) for one in (self.mean, self.std))
-        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+        # 255 is on the device, too: by a number that is not, GPUs divide with its rounded inverse.
+        constants = (255.0,), self.mean, self.std
+        white, mean, std = (_per_channel(one, pixels.device) for one in constants)
+        return pixels.to(torch.float32).div_(white).sub_(mean).div_(std)
 
     def in_channels(self, pixels: Tensor) -> Tensor:
         """Colours as they are, or their luminance, to the bit as Pillow makes it.

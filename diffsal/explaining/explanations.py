@@ -2,14 +2,14 @@
 
 import multiprocessing
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -47,7 +47,11 @@ from diffsal.system.locks import sole_writer
 MANIFEST = "manifest.json"
 _LONGEST_STEM = 220  # bytes
 
-Map: TypeAlias = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
+Item = TypeVar("Item")
+Later: TypeAlias = Callable[[], Any]
+Do: TypeAlias = Callable[[Callable[[Any], Any], Any], Later]
+"""Begins a piece of work on one thing, and gives what waits for its result."""
+_BATCHES_AHEAD = 2  # that workers read, and draw, while the model runs
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,15 @@ class Outputs:
         figure: ``<stem>.png``, the picture of the explanation.
         overlays: each panel as its own PNG of the image's size, ``<stem>.true.png`` and so on.
         maps: ``<stem>.npz``: ``true``, ``false``, ``difference`` raw at the layer's size (h, w),
-            ``true_normalized`` and so on in [0, 1] at the image's (NaN where the model did not see
-            it), ``logits``, ``true_class``, ``false_class``.
+            ``logits``, ``true_class``, ``false_class``.
+        resized_maps: there, ``true_normalized`` and so on, too: in [0, 1] at the image's size, NaN
+            where the model did not see it.
     """
 
     figure: bool = True
     overlays: bool = False
     maps: bool = False
+    resized_maps: bool = False
 
     def names(self, stem: str) -> list[str]:
         """Every file name that is written for ``stem``.
@@ -76,7 +82,7 @@ class Outputs:
         return [
             *([f"{stem}.png"] if self.figure else []),
             *([f"{stem}.{panel}.png" for panel in PANELS] if self.overlays else []),
-            *([f"{stem}.npz"] if self.maps else []),
+            *([f"{stem}.npz"] if self.maps or self.resized_maps else []),
         ]
 
 
@@ -142,8 +148,8 @@ def explain_images(
     rank, world = process_rank()
     mine = list(zip(images, stems, strict=True))[rank::world]
     with sole_writer(folder) if rank == 0 else nullcontext():
-        with _mapping(settings.workers) as map_:
-            records = list(_explain_all(mine, loaded, folder, settings, map_))
+        with _doing(settings.workers) as do:
+            records = list(_explain_all(mine, loaded, folder, settings, do))
         manifest = _manifest(_gathered(records, len(images)), loaded, settings)
         if rank == 0:
             write_json(folder / MANIFEST, manifest)
@@ -155,25 +161,56 @@ def _explain_all(
     loaded: LoadedModel,
     folder: Path,
     settings: Settings,
-    map_: Map,
+    do: Do,
 ) -> Iterator[Record]:
-    """One record for each image, in order. No more than a batch is held at a time."""
-    prepare = partial(_prepare, settings)
-    write = partial(_write, folder, settings.outputs)
+    """One record for each image, in order. Reading, computing and drawing overlap.
+
+    No more is held than a batch, or with workers the few that are on their way.
+    """
+    ahead = _BATCHES_AHEAD if settings.workers else 0
+    starts = range(0, len(inputs), settings.batch_size)
+    batches = (inputs[start : start + settings.batch_size] for start in starts)
+    being_read = (
+        (batch, [do(partial(_prepare, settings), path) for path, _ in batch]) for batch in batches
+    )
+    being_drawn = (
+        _computed(batch, [read() for read in reading], loaded, folder, settings, do)
+        for batch, reading in _ahead(being_read, ahead)
+    )
     with tqdm(total=len(inputs), unit="image", disable=None) as progress:
-        for start in range(0, len(inputs), settings.batch_size):
-            batch = inputs[start : start + settings.batch_size]
-            prepared = list(map_(prepare, [path for path, _ in batch]))
-            readable = [
-                (path, stem, pair)
-                for (path, stem), pair in zip(batch, prepared, strict=True)
-                if not isinstance(pair, DiffsalError)
-            ]
-            written = iter(map_(write, list(_drafts(readable, loaded, settings))))
-            for (path, _), pair in zip(batch, prepared, strict=True):
-                failed = isinstance(pair, DiffsalError)
-                yield failure(path, pair) if failed else next(written)
+        for records in _ahead(being_drawn, ahead):
+            for record in records:
+                yield record()
                 progress.update()
+
+
+def _ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items, where each is asked for ``count`` items before it is handed on."""
+    held: deque[Item] = deque()
+    for item in items:
+        held.append(item)
+        if len(held) > count:
+            yield held.popleft()
+    yield from held
+
+
+def _computed(
+    batch: Sequence[tuple[Path, str]],
+    prepared: Sequence["_Prepared | DiffsalError"],
+    loaded: LoadedModel,
+    folder: Path,
+    settings: Settings,
+    do: Do,
+) -> list[Later]:
+    """What waits for each image's record; its maps are there, its files are being written."""
+    pairs = zip(batch, prepared, strict=True)
+    readable = [(path, stem, one) for (path, stem), one in pairs if isinstance(one, _Prepared)]
+    write = partial(_write, folder, settings.outputs)
+    written = iter([do(write, draft_) for draft_ in _drafts(readable, loaded, settings)])
+    return [
+        next(written) if isinstance(one, _Prepared) else partial(failure, path, one)
+        for (path, _), one in zip(batch, prepared, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -234,9 +271,10 @@ def _write(folder: Path, outputs: Outputs, made: Draft) -> Record:
             save_figure(folder / f"{made.stem}.png", made.explanation)
         if outputs.overlays:
             save_overlays(folder, made.stem, made.explanation)
-        if outputs.maps:
+        if outputs.maps or outputs.resized_maps:
             with replacing(folder / f"{made.stem}.npz") as scratch:
-                arrays = made.arrays | maps_at_image_size(made)
+                resized = maps_at_image_size(made) if outputs.resized_maps else {}
+                arrays = made.arrays | resized
                 np.savez_compressed(scratch, **arrays)  # type: ignore[arg-type]
     except (OSError, DiffsalError) as error:
         return failure(made.path, error)
@@ -311,14 +349,17 @@ def _check_free(
 
 
 @contextmanager
-def _mapping(workers: int) -> Iterator[Map]:
-    """``map``, or one over ``workers`` processes; spawned, as forks of a CUDA process break."""
+def _doing(workers: int) -> Iterator[Do]:
+    """Work is done when its result is asked for, or by ``workers`` processes as soon as they can.
+
+    They are spawned, as forks of a CUDA process break.
+    """
     if workers == 0:
-        yield map
+        yield partial
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield pool.map
+        yield lambda work, one: pool.submit(work, one).result
 
 
 def _gathered(records: list[Record], count: int) -> list[Record]:

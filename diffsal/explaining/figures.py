@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 from diffsal.explaining.overlays import (
     PALE,
@@ -26,13 +25,14 @@ from diffsal.explaining.overlays import (
 )
 from diffsal.explaining.regions import outlined
 from diffsal.explaining.typography import (
+    Align,
     Font,
     drawable,
     fitted,
-    font_properties,
     shortened,
     text_length,
     wrapped,
+    write,
 )
 from diffsal.maps.numbers import signed
 
@@ -217,20 +217,14 @@ class _Sheet:
 
     def __init__(self, width: int, height: int) -> None:
         self.width = width
-        self.figure = Figure((width / 72, height / 72), dpi=72, facecolor="white")  # 1 pt = 1 px
-        self.canvas = FigureCanvasAgg(self.figure)
-        self.downwards = Affine2D().scale(1, -1).translate(0, height)
-        self.pasted: list[tuple[int, int, Pixels]] = []
+        self.page = Image.new("RGB", (width, height), "white")
+        self.pen = ImageDraw.Draw(self.page)
 
     def pixels(self) -> Pixels:
-        self.canvas.draw()  # type: ignore[no-untyped-call]
-        page = np.array(self.canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
-        for left, top, pixels in self.pasted:
-            page[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
-        return page
+        return np.asarray(self.page)
 
     def paste(self, left: int, top: int, pixels: Pixels) -> None:
-        self.pasted.append((left, top, pixels))
+        self.page.paste(Image.fromarray(pixels), (left, top))
 
     def frame(self, left: int, top: int, pixels: Pixels) -> None:
         self.paste(
@@ -238,20 +232,9 @@ class _Sheet:
         )
 
     def write(
-        self, x: float, baseline: int, text: str, font: Font, colour: str, align: str = "left"
+        self, x: float, baseline: int, text: str, font: Font, colour: str, align: Align = "left"
     ) -> None:
-        self.figure.text(
-            x,
-            baseline,
-            text,
-            transform=self.downwards,
-            font=font_properties(font),
-            color=colour,
-            ha=align,
-            va="baseline",
-            parse_math=False,
-            usetex=False,
-        )
+        write(self.pen, x, baseline, text, font, colour, align)
 
     def line(
         self,

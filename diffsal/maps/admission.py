@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import NamedTuple, TypeAlias
-from weakref import WeakSet
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,8 +22,9 @@ from diffsal.maps.target_layers import TargetLayer, find_target_layer, get_targe
 Layer: TypeAlias = "TargetLayer | nn.Module | str"
 Layers: TypeAlias = "Layer | Sequence[Layer] | None"
 
-_ACCEPTED: "WeakSet[Walk]" = WeakSet()
-"""With values that autograd can use."""
+_SEEN: "WeakKeyDictionary[Walk, tuple[list[int], ...]]" = WeakKeyDictionary()
+"""Of walks whose tensors autograd can use, see :func:`_positions`."""
+_COMPILED_IN_PLACE = attrgetter("_compiled_call_impl")
 _LAZY = UninitializedParameter, UninitializedBuffer
 
 
@@ -30,10 +32,12 @@ class Admitted(NamedTuple):
     """What a capture needs to know of a model's modules.
 
     Attributes:
+        modules: all of them.
         norms: modules that may be norms behind the pooling.
         compiled: modules that were compiled, and whether in place.
     """
 
+    modules: list[nn.Module]
     norms: list[nn.Module]
     compiled: list[tuple[nn.Module, bool]]
 
@@ -50,25 +54,31 @@ def admit(model: nn.Module) -> Admitted:
         1
     """
     modules, walk = modules_of(model)
-    kinds = {*walk.kinds}
-    if any(issubclass(kind, DistributedDataParallel) for kind in kinds):
-        _check_ddp(modules)
-    if walk not in _ACCEPTED:  # what changes later, torch refuses when the model runs
+    if walk not in _SEEN:  # tensors that change later, torch refuses when the model runs
         _check_values(modules)
-        _ACCEPTED.add(walk)
-    compiled = [
-        (module, in_place)
-        for module in modules
-        if (in_place := module._compiled_call_impl is not None) or "_orig_mod" in module._modules
-    ]
-    may_be = {kind for kind in kinds if may_be_norm(kind)}
-    norms = [module for module in modules if type(module) in may_be and not module._modules]
-    return Admitted(norms, compiled)
+        _SEEN[walk] = _positions(modules)
+    norms, wrapped, parallel = ([modules[one] for one in some] for some in _SEEN[walk])
+    _check_ddp(parallel)
+    compiled = [(module, False) for module in wrapped]
+    in_place = [*map(_COMPILED_IN_PLACE, modules)]
+    if in_place.count(None) < len(modules):
+        pairs = zip(modules, in_place, strict=True)
+        compiled += [(module, True) for module, made in pairs if made is not None]
+    return Admitted(modules, norms, compiled)
 
 
-def _check_ddp(modules: Sequence[nn.Module]) -> None:
+def _positions(modules: Sequence[nn.Module]) -> tuple[list[int], ...]:
+    """Which of them may be norms behind the pooling, hold what they compiled, run in parallel."""
+    numbered = [*enumerate(modules)]
+    norms = [n for n, one in numbered if not one._modules and may_be_norm(type(one))]
+    wrapped = [n for n, one in numbered if "_orig_mod" in one._modules]
+    parallel = [n for n, one in numbered if isinstance(one, DistributedDataParallel)]
+    return norms, wrapped, parallel
+
+
+def _check_ddp(modules: Sequence[Any]) -> None:
     for module in modules:
-        if isinstance(module, DistributedDataParallel) and module.static_graph:
+        if module.static_graph:
             raise DiffsalError(
                 "DistributedDataParallel(static_graph=True) gives silently wrong gradients for "
                 "losses of maps: build it without static_graph"

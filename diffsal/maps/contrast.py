@@ -187,6 +187,8 @@ def _call_scores(choice: Choice, logits: Tensor, side: str) -> Tensor:
 
 def _as_classes(choice: Choice, logits: Tensor, side: str) -> Tensor:
     size, count = logits.shape[0], class_count(logits)
+    if type(choice) is int and 0 <= choice < count:  # with no tensor to look into
+        return torch.full((size,), choice)
     try:
         classes = torch.as_tensor(choice)
     except (TypeError, ValueError, RuntimeError):

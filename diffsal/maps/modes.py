@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import getclosurevars, isfunction
 from itertools import chain
+from operator import attrgetter
 from types import MethodType
 from typing import Any
 from weakref import WeakSet
@@ -20,12 +21,15 @@ from diffsal.maps.contexts import set_hook
 from diffsal.maps.parts import modules_of
 
 _OF_PYTHON = "__dict__", "__weakref__"
+_TRAINS = attrgetter("training")
 _STEADY: "WeakSet[nn.Module]" = WeakSet()
 """Models that were seen to run in evaluation mode without changing a flag."""
 
 
 @contextmanager
-def evaluated(model: nn.Module, *, on_trial: bool = False) -> Iterator[nn.Module]:
+def evaluated(
+    model: nn.Module, *, on_trial: bool = False, modules: list[nn.Module] | None = None
+) -> Iterator[nn.Module]:
     """What to run in the model's stead, in evaluation mode: itself, or a twin.
 
     A model that has not been seen to keep its flags in a run is not run itself: its own forward
@@ -34,6 +38,7 @@ def evaluated(model: nn.Module, *, on_trial: bool = False) -> Iterator[nn.Module
     Args:
         model: see there.
         on_trial: what the runs assign is forgotten, and the buffers that they change are a twin's.
+        modules: the model's, where the caller has just looked.
 
     Raises:
         DiffsalError: a part of a model in training mode that only runs as it is: it is scripted, or
@@ -45,8 +50,9 @@ def evaluated(model: nn.Module, *, on_trial: bool = False) -> Iterator[nn.Module
         ...     run.training, model.training
         (False, True)
     """
-    modules, _ = modules_of(model)
-    training = [module for module in modules if module.training]
+    modules = modules_of(model)[0] if modules is None else modules
+    is_training = True in [*map(_TRAINS, modules)]
+    training = [module for module in modules if module.training] if is_training else []
     if not training and model in _STEADY and not on_trial:
         yield model
         return

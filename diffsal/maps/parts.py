@@ -7,7 +7,8 @@ was changed in between has to be noticed.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_, methodcaller
+from typing import cast
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
@@ -33,6 +34,7 @@ class Walk:
     children: list["ref[nn.Module]"]
 
 
+_REGISTERED, _VALUES = attrgetter("_modules"), methodcaller("values")
 _WALKS: "WeakKeyDictionary[nn.Module, Walk]" = WeakKeyDictionary()
 
 
@@ -47,23 +49,21 @@ def modules_of(model: nn.Module) -> tuple[list[nn.Module], Walk]:
     """
     known = _WALKS.get(model)
     if known is not None:
-        modules = [module for one in known.modules if (module := one()) is not None]
-        if _is_same(modules, known):
-            return modules, known
+        before = [one() for one in known.modules]
+        if [*map(type, before)] == known.kinds:  # none is gone
+            modules = cast("list[nn.Module]", before)
+            if _is_same(_children(modules), known.children):
+                return modules, known
     modules = list(model.modules())
-    children = [ref(child) for child in _children(modules) if child is not None]
+    children = [ref(child) for child in _children(modules)]
     _WALKS[model] = walk = Walk([*map(ref, modules)], [*map(type, modules)], children)
     return modules, walk
 
 
-def _is_same(modules: Sequence[nn.Module], known: Walk) -> bool:
-    if [*map(type, modules)] != known.kinds:
-        return False
-    children = [child for child in _children(modules) if child is not None]
-    before = [one() for one in known.children]
-    return len(children) == len(before) and all(map(is_, children, before))
+def _is_same(children: Sequence[nn.Module], known: Sequence["ref[nn.Module]"]) -> bool:
+    return len(children) == len(known) and all(map(is_, children, [one() for one in known]))
 
 
-def _children(modules: Sequence[nn.Module]) -> list[nn.Module | None]:
-    holders = [module._modules for module in modules]
-    return [*chain.from_iterable([holder.values() for holder in holders if holder])]
+def _children(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    registered = chain.from_iterable(map(_VALUES, filter(len, map(_REGISTERED, modules))))
+    return [child for child in registered if child is not None]

@@ -125,7 +125,7 @@ class capture:  # noqa: N801 - a context, used like torch.no_grad
             raise DiffsalError(f"weighting {weighting!r} is unknown: pass one of {known}")
         self._weigh = WEIGHTINGS[weighting]
         self._model, self._outputs = model, outputs or declared_outputs(model)
-        self._all_norms = found.norms
+        self._modules, self._all_norms = found.modules, found.norms
         self._norms = norms_to_hold(model, found.norms) if fixed_statistics else []
         self._behind: list[nn.Module] = []
         self._switch = Switch()
@@ -392,7 +392,8 @@ def explaining(
         outputs=outputs,
         example=example,
     )
-    with evaluated(model) as run, torch.no_grad(), captured:
+    modules = captured._modules
+    with evaluated(model, modules=modules) as run, torch.no_grad(), captured:
         yield run, captured
 
 

@@ -65,7 +65,7 @@ def manifest(folder="explanations"):
 def test_the_numbers_are_those_of_the_model(run, tmp_path):
     model = checkpoint(tmp_path / "weights.pt")
     image = picture(tmp_path / "image.png")
-    result = run("image.png", "--model", "weights.pt", "--save-maps", "--true", "dog")
+    result = run("image.png", "--model", "weights.pt", "--save-resized-maps", "--true", "dog")
     assert result.exit_code == 0, result.output
     record = manifest()["images"][0]
     pixels = np.asarray(Image.open(image).resize((32, 32), Image.Resampling.BILINEAR)) / 255
@@ -105,6 +105,22 @@ def test_the_numbers_are_those_of_the_model(run, tmp_path):
         assert (maps["true_class"], maps["false_class"]) == (1, 0)
 
 
+def test_raw_maps_alone_are_small_and_the_same(run, tmp_path):
+    checkpoint(tmp_path / "weights.pt")
+    picture(tmp_path / "image.png")
+    assert run("image.png", "--model", "weights.pt", "--save-maps").exit_code == 0
+    with np.load("explanations/image.npz") as maps:
+        raw = dict(maps)
+    again = ["image.png", "--model", "weights.pt", "--save-resized-maps", "--overwrite"]
+    assert run(*again).exit_code == 0
+    with np.load("explanations/image.npz") as maps:
+        assert {*maps} - {*raw} == {
+            f"{name}_normalized" for name in ("true", "false", "difference")
+        }
+        for name, values in raw.items():
+            np.testing.assert_array_equal(maps[name], values)
+
+
 def test_the_manifest_tells_how_it_was_made(run, tmp_path):
     checkpoint(tmp_path / "weights.pt")
     picture(tmp_path / "image.png")
@@ -123,7 +139,9 @@ def test_the_manifest_tells_how_it_was_made(run, tmp_path):
 def test_crop_leaves_unseen_pixels_out(run, tmp_path):
     checkpoint(tmp_path / "weights.pt", preprocessing=CROP)
     picture(tmp_path / "wide.png", size=(40, 100))
-    assert run("wide.png", "--model", "weights.pt", "--save-maps", "--overlays").exit_code == 0
+    assert (
+        run("wide.png", "--model", "weights.pt", "--save-resized-maps", "--overlays").exit_code == 0
+    )
     with np.load("explanations/wide.npz") as maps:
         unseen = np.isnan(maps["true_normalized"])
     assert unseen[:, :20].all()

@@ -7,10 +7,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
+from diffsal.explaining import figures
 from diffsal.explaining.figures import Explanation, save_figure, save_overlays
+from diffsal.explaining.typography import write
 
 PANELS = ("true", "false", "difference", "evidence")
 
@@ -71,13 +72,12 @@ def figure(folder, shown):
 def said(monkeypatch, tmp_path):
     """Returns a function from an explanation to the pieces of text on its figure."""
     texts = []
-    write = Figure.text
 
-    def recording(self, x, y, text, *args, **kwargs):
+    def recording(page, x, baseline, text, *how):
         texts.append(text)
-        return write(self, x, y, text, *args, **kwargs)
+        write(page, x, baseline, text, *how)
 
-    monkeypatch.setattr(Figure, "text", recording)
+    monkeypatch.setattr(figures, "write", recording)
 
     def say(shown):
         texts.clear()
@@ -275,9 +275,9 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Image.Image, "save", interrupted)
-    for write in (save_figure, lambda path, shown: save_overlays(path.parent, "y", shown)):
+    for save in (save_figure, lambda path, shown: save_overlays(path.parent, "y", shown)):
         with pytest.raises(KeyboardInterrupt):
-            write(path, explanation())
+            save(path, explanation())
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.png"]
     assert path.read_bytes() == b"old"
 

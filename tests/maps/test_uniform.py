@@ -25,7 +25,7 @@ TOLERANCES = {  # relative, absolute
     torch.float64: (1e-12, 1e-12),
     torch.float32: (1e-4, 1e-5),
     torch.float16: (0.05, 2e-3),
-    torch.bfloat16: (0.05, 2e-3),
+    torch.bfloat16: (0.05, 8e-3),  # two roundings of values near 1
 }
 CASES = ["one logit", "two logits", "five logits", "two layers", "tokens", "volume"]
 
