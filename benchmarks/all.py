@@ -1,6 +1,6 @@
 """Measure, keep what was measured, and write docs/benchmarks.md of it.
 
-    python benchmarks/all.py [GROUP ...] [--device cuda]   # maps, training, grid, pictures; all
+    python benchmarks/all.py [GROUP ...] [--device cuda]   # maps, pictures, training, grid; all
     python benchmarks/all.py page                          # the page alone
 
 The rows of a group replace those that this kind of machine had of it before, in
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import maps
+import pictures
 import protocol
 import torch
 import training
@@ -43,6 +44,11 @@ def measure_training(device: torch.device) -> Iterator[list[Row]]:
     return training.measure(device, [8], ["float32"], rounds=3)
 
 
+def measure_pictures(device: torch.device) -> Iterator[list[Row]]:
+    """A folder of images, and one picture."""
+    return pictures.measure(device, images=200, workers=2, rounds=1)
+
+
 def measure_grid(device: torch.device) -> Iterator[list[Row]]:
     """Many jobs at once."""
     arguments = ["--device", device.type]
@@ -54,6 +60,7 @@ def measure_grid(device: torch.device) -> Iterator[list[Row]]:
 
 GROUPS: dict[str, Callable[[torch.device], Iterator[list[Row]]]] = {
     "maps": measure_maps,
+    "pictures": measure_pictures,
     "training": measure_training,
     "grid": measure_grid,
 }

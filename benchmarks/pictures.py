@@ -1,0 +1,141 @@
+"""What a folder of images costs, `diffsal explain` beside a bare loader, and what one picture.
+
+    python benchmarks/pictures.py [--images 200] [--rounds 1] [--device cuda]
+
+Photographs of 640 x 427 pixels, ResNet-50 with two outputs at 224 x 224. The bare way reads,
+resizes and normalises the same files in a `DataLoader` with as many workers, runs the model, and
+keeps the logits. Starting the workers is counted for all.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from timing import Row, in_turns, printed, ratios, row
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import resnet50
+
+from diffsal import explain
+from diffsal.data.images import read_image
+from diffsal.data.preprocessing import Preprocessing
+from diffsal.explaining.explanations import Outputs, Settings, explain_images
+from diffsal.explaining.figures import save_figure
+from diffsal.explaining.records import draft
+from diffsal.models.checkpoints import LoadedModel, load_model, save_checkpoint
+
+PREPROCESSING = Preprocessing()
+BATCH = 8
+OUTPUTS = {
+    "explain, no figure": Outputs(figure=False),
+    "explain, figures": Outputs(),
+    "explain, figures and raw maps": Outputs(maps=True),
+}
+
+
+class Inputs(Dataset[Tensor]):
+    """Files as the model's inputs."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, position: int) -> Tensor:
+        return PREPROCESSING(read_image(self.paths[position]))
+
+
+def bare(paths: Sequence[Path], loaded: LoadedModel, device: torch.device, workers: int) -> Tensor:
+    """The logits of all images."""
+    model = loaded.model.to(device)
+    batches = DataLoader(Inputs(paths), BATCH, num_workers=workers)
+    with torch.no_grad():
+        return torch.cat([model(images.to(device)).cpu() for images in batches])
+
+
+def folder_of_images(
+    folder: Path, images: int, device: torch.device, workers: int, rounds: int
+) -> list[Row]:
+    """All ways, as multiples of the time of the bare one."""
+    loaded = model_and_files(folder, images)
+    paths = sorted(folder.glob("*.jpg"))
+
+    def ours(outputs: Outputs) -> None:
+        settings = Settings(
+            PREPROCESSING, device, batch_size=BATCH, workers=workers, outputs=outputs
+        )
+        explain_images(paths, loaded, folder / "out", settings, overwrite=True)
+
+    turns: dict[str, Callable[[], object]] = {
+        "a bare loader and forward pass": lambda: bare(paths, loaded, device, workers)
+    }
+    turns |= {name: partial(ours, outputs) for name, outputs in OUTPUTS.items()}
+    setting = {"model": "resnet50", "images": images, "workers": workers}
+    return ratios("folder", setting, in_turns(turns, rounds, device))
+
+
+def model_and_files(folder: Path, images: int) -> LoadedModel:
+    """A checkpoint of random weights, loaded, and photographs."""
+    torch.manual_seed(0)
+    pixels = load_sample_images().images
+    for number in range(images):
+        Image.fromarray(pixels[number % 2]).save(folder / f"{number}.jpg", quality=92)
+    save_checkpoint(
+        folder / "weights.pt",
+        resnet50(num_classes=2),
+        architecture="torchvision:resnet50",
+        arguments={"num_classes": 2},
+        classes=["intact", "worn"],
+        preprocessing=PREPROCESSING,
+    )
+    return load_model(folder / "weights.pt")
+
+
+def one_picture(folder: Path, rounds: int) -> list[Row]:
+    """CPU seconds of a figure, from the maps to the file."""
+    loaded = model_and_files(folder, 1)
+    path = folder / "0.jpg"
+    image = read_image(path)
+    maps = explain(loaded.model, PREPROCESSING(image)[None])
+    seconds = []
+    for _ in range(10 * rounds):
+        start = time.process_time()
+        made = draft(path, "0", image, image.shape[:2], maps, ("intact", "worn"), PREPROCESSING, [])
+        save_figure(folder / "0.png", made.explanation)
+        seconds.append(time.process_time() - start)
+    setting = {"pixels": "640 x 427"}
+    figure = row("picture", "a figure, maps to file", setting, seconds[5:], "s")
+    return [figure | {"milliseconds": 1e3 * median(seconds[5:])}]
+
+
+def measure(device: torch.device, images: int, workers: int, rounds: int) -> Iterator[list[Row]]:
+    """The picture, and the folder."""
+    with tempfile.TemporaryDirectory() as name:
+        yield one_picture(Path(name), 3)
+    with tempfile.TemporaryDirectory() as name:
+        yield folder_of_images(Path(name), images, device, workers, rounds)
+
+
+def main() -> None:
+    """Print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    for rows in measure(device, options.images, options.workers, options.rounds):
+        print(printed(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
