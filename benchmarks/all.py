@@ -1,6 +1,6 @@
 """Measure, keep what was measured, and write docs/benchmarks.md of it.
 
-    python benchmarks/all.py [GROUP ...] [--device cuda]   # maps, pictures, training, grid; all
+    python benchmarks/all.py [GROUP ...] [--device cuda]   # of GROUPS; all
     python benchmarks/all.py page                          # the page alone
 
 The rows of a group replace those that this kind of machine had of it before, in
@@ -18,6 +18,7 @@ from typing import Any
 import maps
 import pictures
 import protocol
+import scaling
 import torch
 import training
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -49,6 +50,11 @@ def measure_pictures(device: torch.device) -> Iterator[list[Row]]:
     return pictures.measure(device, images=200, workers=2, rounds=1)
 
 
+def measure_scaling(_: torch.device) -> Iterator[list[Row]]:
+    """More processes, more images; on the CPU."""
+    return scaling.measure(images=1000, rounds=2)
+
+
 def measure_grid(device: torch.device) -> Iterator[list[Row]]:
     """Many jobs at once."""
     arguments = ["--device", device.type]
@@ -63,6 +69,7 @@ GROUPS: dict[str, Callable[[torch.device], Iterator[list[Row]]]] = {
     "pictures": measure_pictures,
     "training": measure_training,
     "grid": measure_grid,
+    "scaling": measure_scaling,
 }
 
 
@@ -142,6 +149,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
+    torch.set_num_threads(1)
     for group in options.groups:
         rows: list[Row] = []
         for part in GROUPS[group](device) if group in GROUPS else ():

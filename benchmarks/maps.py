@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from timing import Row, in_turns, printed, ratios, row
+from timing import Row, clock_of, in_turns, printed, ratios, row
 from torch import Tensor, nn
 from torchvision.models import get_model
 
@@ -110,7 +110,8 @@ def measure(
             model = get_model(name, weights=None, num_classes=2).to(device).eval()
             inputs = torch.randn(batch, 3, SIZE, SIZE, device=device)
             setting = {"model": name, "batch": batch, "pixels": SIZE, "dtype": "float32"}
-            seconds = in_turns(dict(contestants(model, inputs)), rounds, device)
+            turns = dict(contestants(model, inputs))
+            seconds = in_turns(turns, rounds, device, clock=clock_of(device))
             yield ratios("maps", setting, seconds)
 
 
@@ -158,11 +159,8 @@ def host_time(name: str, rounds: int) -> list[Row]:
         with torch.no_grad():
             return model(inputs)  # type: ignore[no-any-return]
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     turns = {"forward pass": forward, "cam.maps": lambda: cam.maps(inputs)}
     seconds = in_turns(turns, 10 * rounds, calls=10, clock=time.process_time)
-    torch.set_num_threads(threads)
     beyond = [
         1e3 * (maps - own)
         for maps, own in zip(seconds["cam.maps"], seconds["forward pass"], strict=True)
@@ -179,6 +177,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     device = torch.device(options.device)
+    torch.set_num_threads(1)
     for rows in measure(device, options.models, options.batch, options.rounds):
         print(printed(rows), flush=True)
 

@@ -8,6 +8,9 @@ keeps the logits. Starting the workers is counted for all.
 """
 
 import argparse
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +20,11 @@ from statistics import median
 
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
+from sklearn.datasets import load_sample_image, load_sample_images
 from timing import Row, in_turns, printed, ratios, row
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.models import resnet50
+from torchvision.models import densenet121, resnet50
 
 from diffsal import explain
 from diffsal.data.images import read_image
@@ -31,6 +34,27 @@ from diffsal.explaining.figures import save_figure
 from diffsal.explaining.records import draft
 from diffsal.models.checkpoints import LoadedModel, load_model, save_checkpoint
 
+MINIMAL = """
+import sys
+import torch
+import torchvision
+from matplotlib import pyplot
+from PIL import Image
+from torchvision.transforms.functional import normalize, pil_to_tensor, resize
+
+image = Image.open(sys.argv[1]).convert("RGB")
+model = torchvision.models.densenet121(weights=None, num_classes=2)
+model.load_state_dict(torch.load(sys.argv[2], weights_only=True))
+model.eval()
+x = pil_to_tensor(resize(image, [224, 224])).float() / 255
+x = normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None]
+with torch.no_grad():
+    logits = model(x)
+pyplot.switch_backend("agg")
+pyplot.imshow(image)
+pyplot.title(str(logits.softmax(1).tolist()))
+pyplot.savefig(sys.argv[3])
+"""
 PREPROCESSING = Preprocessing()
 BATCH = 8
 OUTPUTS = {
@@ -116,10 +140,35 @@ def one_picture(folder: Path, rounds: int) -> list[Row]:
     return [figure | {"milliseconds": 1e3 * median(seconds[5:])}]
 
 
+def one_command(folder: Path, rounds: int) -> list[Row]:
+    """`diffsal explain` of one photograph beside a script that does the least, in CPU seconds."""
+    Image.fromarray(load_sample_image("china.jpg")).save(folder / "image.png")
+    torch.save(densenet121(num_classes=2).state_dict(), folder / "weights.pt")
+    (folder / "minimal.py").write_text(MINIMAL, "utf-8")
+    ours = ["-m", "diffsal", "explain", "image.png", "--model", "weights.pt", "--overwrite"]
+    commands = {
+        "a minimal script": ["minimal.py", "image.png", "weights.pt", "minimal.png"],
+        "diffsal explain, one image": [*ours, "--device", "cpu"],
+    }
+    turns = {
+        name: partial(
+            subprocess.run, [sys.executable, *words], cwd=folder, check=True, capture_output=True
+        )
+        for name, words in commands.items()
+    }
+    return ratios("command", {"model": "densenet121"}, in_turns(turns, rounds, clock=_of_children))
+
+
+def _of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def measure(device: torch.device, images: int, workers: int, rounds: int) -> Iterator[list[Row]]:
     """The picture, and the folder."""
     with tempfile.TemporaryDirectory() as name:
         yield one_picture(Path(name), 3)
+        yield one_command(Path(name), 3)
     with tempfile.TemporaryDirectory() as name:
         yield folder_of_images(Path(name), images, device, workers, rounds)
 

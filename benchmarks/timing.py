@@ -45,6 +45,11 @@ def in_turns(
     return seconds
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """On a CPU its own seconds, which other load does not stretch; one thread alone is timed."""
+    return time.perf_counter if device.type == "cuda" else time.process_time
+
+
 def synchronize(device: torch.device | None) -> None:
     """Wait for what the device still has to do."""
     if device is not None and device.type == "cuda":

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timing import Row, in_turns, printed, ratios, row
+from timing import Row, clock_of, in_turns, printed, ratios, row
 from torch import Tensor
 from torchvision import models
 
@@ -165,7 +165,8 @@ def steps(setting: Setting, rounds: int) -> list[Row]:
     trainer = Trainer(setting)
     turns = {name: partial(trainer.step, name) for name in VARIANTS}
     calls = 5 if setting.device.type == "cuda" else 1
-    seconds = in_turns(turns, rounds, setting.device, calls=calls)
+    clock = clock_of(setting.device)
+    seconds = in_turns(turns, rounds, setting.device, calls=calls, clock=clock)
     del trainer, turns
     memory = peaks(setting)
     rows = ratios("training step", setting.told(), seconds)
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     device = torch.device(options.device)
+    torch.set_num_threads(1)
     for rows in measure(device, options.batch, options.dtype, options.rounds):
         print(printed(rows), flush=True)
 

@@ -3,13 +3,16 @@
 import json
 import runpy
 from functools import partial
+from itertools import product
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from PIL import Image
 
 from diffsal import explain
+from diffsal.data.index import Index, Sample
 from diffsal.demo import Digits, digits, train_digits, write_digits_demo
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -174,3 +177,38 @@ def test_lightning_callback_and_other_loggers(kind):
         Logger(), "salience/0", torch.zeros(2, 3, 3).numpy(), step=5
     )
     assert said == [("7", (2, 3, 3), "salience-0", 5)]
+
+
+def test_learning_rates_are_chosen_on_samples_that_are_not_tested():
+    script = example("learning_rates_digits")
+    splits = ["train"] * 30 + ["test"] * 10 + ["val"] * 5
+    samples = (Sample(Path(str(n)), n % 2, split=name) for n, name in enumerate(splits))
+    index = Index(Path("index.csv"), ("other", "eight"), tuple(samples))
+    found = script["validation"](index, seed=0)
+    assert {sample.path for sample in found.samples} == {Path(str(n)) for n in range(30)}
+    assert [sum(one.label == label for one in found.split("test")) for label in (0, 1)] == [5, 5]
+
+
+def test_each_method_is_tested_at_the_rate_that_validates_best():
+    script = example("learning_rates_digits")
+    rates, given = script["RATES"], script["GIVEN"]
+    best = {"cross-entropy": given, "baseline": rates[-1], "contrast": rates[0]}
+    found = {}
+    for method, rate in best.items():
+        for subset in ("3", "9"):
+            for one in rates:
+                found[f"validation/{method}/{subset}/0/{one}"] = 0.9 if one == rate else 0.5
+            for seed, one in product((0, 1, 2), {given, rate}):
+                area = 0.5 + 0.1 * (subset == "9") + 0.01 * seed + 0.1 * (method == "contrast")
+                found[f"test/{method}/{subset}/{seed}/{one}"] = area - 0.2 * (one != rate)
+    validation, tested = script["tables"](found)
+    assert validation["rows"]["contrast"][str(rates[0])]["value"] == pytest.approx(0.9)
+    row = tested["rows"]["contrast"]
+    assert (row["learning rate"]["value"], row["AUROC"]["count"]) == (rates[0], 3)
+    assert row["AUROC"]["value"] == pytest.approx(0.66)
+    assert row[f"AUROC with {given}"]["value"] == pytest.approx(0.46)
+    assert row["less the baseline's"]["value"] == pytest.approx(0.1)
+    assert tested["rows"]["baseline"]["less the baseline's"] is None
+    head = {"format": "diffsal-results", "format_version": 1, "command": "x"}
+    schema = json.loads((EXAMPLES.parent / "docs/results/schema.json").read_text("utf-8"))
+    jsonschema.validate(head | {"tables": [validation, tested]}, schema)
