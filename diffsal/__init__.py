@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffsal.auditing.in_memory import audit as audit
     from diffsal.auditing.result import Audit as Audit
     from diffsal.errors import DiffsalError as DiffsalError
+    from diffsal.explaining.explanations import explain_images as explain_images
     from diffsal.maps.contrast import Contrast as Contrast
     from diffsal.maps.difference_cam import DifferenceCAM as DifferenceCAM
     from diffsal.maps.salience import capture as capture
@@ -48,6 +49,7 @@ _HOME = {
     "audit": "auditing.in_memory",
     "capture": "maps.salience",
     "explain": "maps.salience",
+    "explain_images": "explaining.explanations",
     "find_target_layer": "maps.target_layers",
     "load_model": "models.checkpoints",
     "normalize": "maps.salience_maps",

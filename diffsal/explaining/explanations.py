@@ -40,7 +40,7 @@ from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.maps.weightings import Weighting
 from diffsal.models.checkpoints import LoadedModel
-from diffsal.system.devices import process_rank, running
+from diffsal.system.devices import choose_device, process_rank, running
 from diffsal.system.files import replacing, write_json
 from diffsal.system.locks import sole_writer
 
@@ -114,11 +114,42 @@ class Settings:
     outputs: Outputs = Outputs()
 
 
+def settings_of(loaded: LoadedModel, device: str = "auto", **chosen: Any) -> Settings:
+    """Settings with the preprocessing and the classes' names that a model's file carries.
+
+    Args:
+        loaded: see :func:`diffsal.load_model`.
+        device: see :func:`diffsal.system.devices.choose_device`.
+        chosen: attributes of :class:`Settings` that are to be other than their defaults.
+
+    Raises:
+        DiffsalError: the file tells no preprocessing, and none is chosen; no such device.
+
+    Example:
+        >>> from diffsal.models.checkpoints import LoadedModel
+        >>> about = {"architecture": "", "arguments": {}, "layer": None, "sha256": "", "notes": ()}
+        >>> parts = torch.nn.Linear(2, 2), ("healthy", "ill"), Preprocessing(size=(64, 64))
+        >>> names = "model", "classes", "preprocessing"
+        >>> loaded = LoadedModel(**dict(zip(names, parts)), path=Path("weights.pt"), **about)
+        >>> settings = settings_of(loaded, "cpu", true="ill", workers=2)
+        >>> settings.preprocessing.size, settings.classes, settings.true, settings.workers
+        ((64, 64), ('healthy', 'ill'), 'ill', 2)
+    """
+    known: dict[str, Any] = {"classes": loaded.classes, "preprocessing": loaded.preprocessing}
+    known |= chosen
+    if known["preprocessing"] is None:
+        raise DiffsalError(
+            f"{loaded.path}: does not tell how images become the model's input: pass "
+            "preprocessing=Preprocessing(size=..., mean=..., std=...)"
+        )
+    return Settings(device=choose_device(device), **known)
+
+
 def explain_images(
-    images: Sequence[Path],
+    images: Sequence[str | Path],
     loaded: LoadedModel,
-    folder: Path,
-    settings: Settings,
+    folder: str | Path,
+    settings: Settings | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Explain ``images``; write pictures, maps and, last, ``manifest.json`` to ``folder``.
@@ -128,10 +159,10 @@ def explain_images(
     every process returns the manifest of all, and the first one writes it.
 
     Args:
-        images: in the order of the manifest's records.
+        images: files, in the order of the manifest's records.
         loaded: the model; it is moved to the settings' device.
         folder: made where it is not there.
-        settings: see there.
+        settings: see there; ``None``: those of :func:`settings_of`.
         overwrite: replace files that are there already.
 
     Returns:
@@ -140,17 +171,37 @@ def explain_images(
     Raises:
         DiffsalError: what concerns all images: files that are there already, another run that is
             writing to the folder, an unknown class, a model that does not run on these inputs or
-            cannot be contrasted.
+            cannot be contrasted; see :func:`settings_of`.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> from diffsal import load_model, save_checkpoint
+        >>> from diffsal.models.architectures import build_model
+        >>> name, arguments = "torchvision:resnet18", {"num_classes": 2}
+        >>> with TemporaryDirectory() as place:
+        ...     model, photo = build_model(name, arguments), Path(place, "photo.png")
+        ...     save_checkpoint(
+        ...         Path(place, "weights.pt"), model, architecture=name, arguments=arguments,
+        ...         classes=["healthy", "ill"], preprocessing=Preprocessing(size=(64, 64)),
+        ...     )
+        ...     Image.new("RGB", (80, 60)).save(photo)
+        ...     loaded = load_model(Path(place, "weights.pt"))
+        ...     found = explain_images([photo], loaded, Path(place, "report"))
+        >>> found["explained"], found["images"][0]["files"]
+        (1, ['photo.png'])
     """
-    stems = _stems(images, settings.outputs)
-    _check_free(images, stems, settings.outputs, folder, overwrite)
+    paths, folder = [*map(Path, images)], Path(folder)
+    settings = settings or settings_of(loaded)
+    stems = _stems(paths, settings.outputs)
+    _check_free(paths, stems, settings.outputs, folder, overwrite)
     loaded.model.to(settings.device)
     rank, world = process_rank()
-    mine = list(zip(images, stems, strict=True))[rank::world]
+    mine = list(zip(paths, stems, strict=True))[rank::world]
     with sole_writer(folder) if rank == 0 else nullcontext():
         with _doing(settings.workers) as do:
             records = list(_explain_all(mine, loaded, folder, settings, do))
-        manifest = _manifest(_gathered(records, len(images)), loaded, settings)
+        manifest = _manifest(_gathered(records, len(paths)), loaded, settings)
         if rank == 0:
             write_json(folder / MANIFEST, manifest)
     return manifest
@@ -357,9 +408,11 @@ def _doing(workers: int) -> Iterator[Do]:
     if workers == 0:
         yield partial
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
         yield lambda work, one: pool.submit(work, one).result
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an interrupt, what was ahead is left
 
 
 def _gathered(records: list[Record], count: int) -> list[Record]:
