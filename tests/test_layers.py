@@ -25,7 +25,7 @@ FLOORS = (
     ("training",),
     ("fooling", "explaining"),
     ("auditing", "demo"),
-    ("protocol",),
+    ("protocol", "serving"),
     ("cli",),
     ("__main__",),
 )

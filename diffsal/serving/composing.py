@@ -1,4 +1,4 @@
-"""Cells of one image pasted onto another: what the map foretells of the decision, and what it is."""
+"""Cells of one image pasted onto another: what the map foretells of it, and what the model says."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from diffsal.faithfulness.pasting import Plan, pasted
 from diffsal.maps.contrast import NO_CLASS, Choice, class_count
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.serving.explained import Picture, Served, maps_of, on_device
-from diffsal.serving.pictures import as_uri, for_screen, pixels_of_input
+from diffsal.serving.pictures import SMALL, as_uri, for_screen, pixels_of_input
 from diffsal.system.devices import running
 
 
@@ -119,7 +119,7 @@ def composed(
     found, pixels = compose(served, maps, tensors, rectangle)
     names = class_names(served.classes, class_count(maps.logits))
     return {
-        "picture": as_uri(for_screen(pixels_of_input(pixels, served.preprocessing))),
+        "picture": as_uri(for_screen(pixels_of_input(pixels, served.preprocessing), SMALL)),
         "receiver": float(maps.margin[0]),
         "donor": float(maps.margin[1]),
         "predicted": float(found.predicted),

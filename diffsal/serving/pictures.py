@@ -13,18 +13,21 @@ from diffsal.data.preprocessing import Preprocessing
 from diffsal.explaining.figures import Explanation, overlay_layers
 from diffsal.explaining.overlays import Layer, Pixels, drawn_size, resized
 
-_SIDE = 640  # pixels of the longer side on the page
+LARGE = 640
+"""Pixels of the longer side of an image on the page."""
+SMALL = 360
+"""The same, of those that stand side by side."""
 _QUALITY = 92  # of JPEG; colours of maps are kept at full resolution
 
 
-def for_screen(image: Pixels) -> Pixels:
-    """An image (H, W, 3) with a longer side of 640 pixels, so that maps lie smoothly over small ones.
+def for_screen(image: Pixels, side: int = LARGE) -> Pixels:
+    """An image (H, W, 3) with a longer side of so many pixels; small ones grow, for smooth maps.
 
     Example:
         >>> for_screen(np.zeros((20, 40, 3), np.uint8)).shape
         (320, 640, 3)
     """
-    scale = _SIDE / max(image.shape[:2])
+    scale = side / max(image.shape[:2])
     height, width = (max(1, round(length * scale)) for length in image.shape[:2])
     return resized(image, width, height)
 
@@ -49,9 +52,7 @@ def layers_over(explanation: Explanation) -> dict[str, dict[str, Any]]:
         ``high``.
     """
     image = for_screen(explanation.image)
-    return {
-        name: layer_over(image, layer) for name, layer in overlay_layers(explanation).items()
-    }
+    return {name: layer_over(image, layer) for name, layer in overlay_layers(explanation).items()}
 
 
 def layer_over(image: Pixels, layer: Layer) -> dict[str, Any]:

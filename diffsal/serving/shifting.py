@@ -18,7 +18,7 @@ from diffsal.maps.contrast import Choice
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.maps.target_layers import in_copy
 from diffsal.serving.explained import Picture, Served, maps_of, on_device
-from diffsal.serving.pictures import for_screen, layer_over
+from diffsal.serving.pictures import SMALL, for_screen, layer_over
 
 TARGETS = ("edges", "corner", "middle")
 """What class maps can be made to show, see :func:`diffsal.fooling.targets.target_map`."""
@@ -192,7 +192,7 @@ def _layers(
     size = drawn_size(*picture.size)
     placed = served.preprocessing.place(raw, size, is_coarse(raw.shape)).numpy()
     limit = float(before.difference.abs().max()) or 1.0
-    image = for_screen(picture.image)
+    image = for_screen(picture.image, SMALL)
     return {
         "true": layer_over(image, own_layer(placed[0])),
         "false": layer_over(image, own_layer(placed[1])),
