@@ -62,7 +62,7 @@ class Desk:
         if len(content) > LARGEST_FILE:
             raise too_large()
         with self._turns:
-            picture = read_picture(self.served, content, name[-_LONGEST_NAME:] or "image")
+            picture = read_picture(self.served, content, _plain(name))
             screen = as_uri(for_screen(picture.image))
         return {
             "image": self._shelf.put(picture),
@@ -180,6 +180,11 @@ def is_local(host: str) -> bool:
         (True, False)
     """
     return host in ("127.0.0.1", "localhost", "::1")
+
+
+def _plain(name: str) -> str:
+    """A file's name on one line, of sane length."""
+    return " ".join(name.split())[-_LONGEST_NAME:] or "image"
 
 
 def _choices(asked: Mapping[str, Any]) -> tuple[Choice, Choice]:

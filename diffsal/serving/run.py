@@ -7,6 +7,7 @@ from diffsal.data.preprocessing import Preprocessing
 from diffsal.models.checkpoints import LoadedModel
 from diffsal.serving.explained import Served
 from diffsal.serving.requests import Desk
+from diffsal.serving.web import PORT, address, application, listen, server
 from diffsal.system.devices import choose_device
 
 
@@ -17,7 +18,7 @@ def serve(
     classes: Sequence[str] | None = None,
     device: str = "auto",
     host: str = "127.0.0.1",
-    port: int = 7860,
+    port: int = PORT,
     examples: Sequence[Path] = (),
     ready: Callable[[str], object] = print,
 ) -> None:
@@ -34,10 +35,13 @@ def serve(
         ready: called with the page's address once it answers.
 
     Raises:
-        DiffsalError: the extra ``serve`` is missing, the port is taken, no such device.
-    """
-    from diffsal.serving.web import address, application, listen, run
+        DiffsalError: the port is taken, no such device, no layer for maps.
 
+    Example:
+        ::
+
+            serve(load_model("weights.pt"))
+    """
     where = choose_device(device)
     layer = loaded.target_layer  # one that is missing is told at once
     made = preprocessing or loaded.preprocessing or Preprocessing()
@@ -45,4 +49,4 @@ def serve(
     app = application(Desk(served), host, loaded.path.name, examples)
     with listen(host, port) as listening:
         ready(address(listening))
-        run(app, listening)
+        server(app).run([listening])

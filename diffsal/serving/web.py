@@ -108,7 +108,7 @@ async def _file(name: str, _request: Request) -> Response:
 async def _answer(answer: Callable[[dict[str, Any]], Any], request: Request) -> Response:
     try:
         asked = json.loads(await _body(request, _LARGEST_QUESTION))
-    except ValueError:
+    except (ValueError, RecursionError):  # of thousands of brackets
         asked = None
     if not isinstance(asked, dict):
         raise DiffsalError("the question is no JSON object")
@@ -181,7 +181,8 @@ def address(listening: socket.socket) -> str:
     return f"http://{name}:{port}"
 
 
-def run(app: Starlette, listening: socket.socket) -> None:
-    """Serve until interrupted."""
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", access_log=False)
-    uvicorn.Server(config).run(sockets=[listening])
+def server(app: Starlette) -> uvicorn.Server:
+    """What serves an application; ``server(app).run([listening])`` does so until interrupted."""
+    return uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", lifespan="off", access_log=False)
+    )

@@ -22,7 +22,8 @@ export class CellMap {
     this.over.hidden = true;
     this.svg = document.createElementNS(SVG, "svg");
     this.svg.setAttribute("preserveAspectRatio", "none");
-    root.replaceChildren(this.under, this.over, this.svg);
+    this.numbers = element("div", { className: "numbers" });
+    root.replaceChildren(this.under, this.over, this.svg, this.numbers);
     if (onPick || onRectangle) this.listen();
   }
 
@@ -31,7 +32,9 @@ export class CellMap {
     this.root.style.setProperty("--ratio", width / height);
     this.seen = seen;
     const names = ["left", "top", "width", "height"];
-    names.forEach((name, index) => { this.svg.style[name] = `${100 * seen[index]}%`; });
+    for (const one of [this.svg, this.numbers]) {
+      names.forEach((name, index) => { one.style[name] = `${100 * seen[index]}%`; });
+    }
   }
 
   cover(picture) {
@@ -51,7 +54,23 @@ export class CellMap {
     for (let y = 0; y <= rows; y++) lines.push(`M0 ${y}H${columns}`);
     this.svg.replaceChildren();
     this.path(lines.join(""), "grid");
-    if (regions) this.outline(outlineOf((r, c) => regions[r]?.[c] ?? 0), "");
+    this.numbers.replaceChildren();
+    if (regions) {
+      this.outline(outlineOf((r, c) => regions[r]?.[c] ?? 0), "");
+      this.count(regions);
+    }
+  }
+
+  // Each region's number, in the first of its cells.
+  count(regions) {
+    const most = Math.max(...regions.flat());
+    for (let number = 1; number <= most; number++) {
+      const row = regions.findIndex(line => line.includes(number)), column = regions[row].indexOf(number);
+      const label = element("b", {}, String(number));
+      label.style.left = `${100 * column / this.columns}%`;
+      label.style.top = `${100 * row / this.rows}%`;
+      this.numbers.append(label);
+    }
   }
 
   path(data, kind) {

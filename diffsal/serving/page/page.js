@@ -212,10 +212,10 @@ function showLie(found) {
   $("compared").replaceChildren(head,
     line(`Probability of ${short(told.true_name)}`, before[t].toFixed(6), now[t].toFixed(6), small(changed.probability)),
     line("Margin, in logits", signed(margin.before), signed(margin.now), small(Math.abs(margin.now - margin.before))),
-    line("Difference map, most of a cell", "", "", small(changed.difference)),
-    line(`Class map of ${short(told.true_name)}, most of a cell`, "", "", small(changed.true), changed.true > 1e-3),
+    line("Difference map", "", "", small(changed.difference)),
+    line(`Class map of ${short(told.true_name)}`, "", "", small(changed.true), changed.true > 1e-3),
     line("Common-mode share", share(found.common_mode_share.before), share(found.common_mode_share.now), ""));
-  $("lie-note").textContent = `Every position of the slider runs the shifted model; nothing is drawn by hand. The vector is fitted to ${found.views} `
+  $("lie-note").textContent = `Every position of the slider runs the shifted model; nothing is drawn by hand. Of maps, the cell that changed most counts, in logits. The vector is fitted to ${found.views} `
     + "views of this image, moved and mirrored. Class maps are on their own scale, lowest blue and highest red; the difference is on the honest model's.";
 }
 
