@@ -20,7 +20,7 @@ HALVES = (0.5, 0.5, 0.5)
 def served() -> Callable[..., Served]:
     """Makes a served network with maps of 8 × 8 cells."""
 
-    def make(outputs: int = 2, names: tuple[str, ...] | None = None, **settings: object) -> Served:
+    def make(outputs: int = 2, names: tuple[str, ...] | None = None) -> Served:
         torch.manual_seed(1)
         model = nn.Sequential(
             nn.Conv2d(3, 24, 4, stride=4),
@@ -31,9 +31,7 @@ def served() -> Callable[..., Served]:
             nn.Flatten(),
             nn.Linear(24, outputs),
         ).eval()
-        preprocessing = Preprocessing(
-            **{"size": (32, 32), "mean": HALVES, "std": HALVES} | settings
-        )
+        preprocessing = Preprocessing(size=(32, 32), mean=HALVES, std=HALVES)
         layer = find_target_layer(model)
         return Served(model, layer, preprocessing, torch.device("cpu"), names)
 

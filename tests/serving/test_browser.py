@@ -1,5 +1,6 @@
 """The page in a real browser; needs Chromium and the extra `browser`."""
 
+import base64
 import io
 import re
 import shutil
@@ -8,16 +9,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from PIL import Image
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="pip install 'diffsal[browser]'")
-pytest.importorskip("starlette")
-
 from serving.site import serving
 
 from diffsal.serving.composing import Rectangle, composed
 from diffsal.serving.explained import explained, read_picture
 from diffsal.serving.requests import Desk
 
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install 'diffsal[browser]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 
@@ -185,8 +183,6 @@ def test_the_slider_makes_the_class_map_lie_and_nothing_else(opened, file) -> No
 
 def _distance(one, other):
     """Mean difference of two pictures, in grey levels."""
-    import base64
-
     data = [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))), int)
         for uri in (one, other)
@@ -315,8 +311,8 @@ def tab_until(page, condition):
         page.keyboard.press("Tab")
         if page.evaluate(condition):
             focus = page.evaluate(
-                "getComputedStyle(document.activeElement.closest('.drop') ?? document.activeElement)"
-                ".outlineStyle"
+                "getComputedStyle(document.activeElement.closest('.drop')"
+                " ?? document.activeElement).outlineStyle"
             )
             assert focus != "none", "what has the focus does not show it"
             return
@@ -350,7 +346,8 @@ _COLOURS = """() => {
       ground = getComputedStyle(behind).backgroundColor;
       behind = behind.parentElement;
     }
-    found[`${one.tagName} ${one.className} ${one.textContent.slice(0, 30)}`] = [getComputedStyle(one).color, ground];
+    const name = `${one.tagName} ${one.className} ${one.textContent.slice(0, 30)}`;
+    found[name] = [getComputedStyle(one).color, ground];
   }
   return found;
 }"""

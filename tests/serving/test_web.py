@@ -4,9 +4,6 @@ import socket
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("starlette")
-
 from serving.site import asking, error_of, serving
 
 from diffsal.serving import web
