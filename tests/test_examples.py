@@ -174,3 +174,21 @@ def test_lightning_callback_and_other_loggers(kind):
         Logger(), "salience/0", torch.zeros(2, 3, 3).numpy(), step=5
     )
     assert said == [("7", (2, 3, 3), "salience-0", 5)]
+
+
+def test_space(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffsal.demo.train_digits", partial(train_digits, epochs=1))
+    main, served = example("space/app")["main"], []
+    monkeypatch.setitem(
+        main.__globals__, "serve", lambda *given, **how: served.append((given, how))
+    )
+    main(tmp_path)
+    main(tmp_path)  # what was made at the first start is there
+    for (loaded,), how in served:
+        assert loaded.classes == ("3", "8")
+        assert [path.name for path in how["examples"]] == sorted(
+            ["image.png", *(f"digit-{number}.png" for number in range(5))]
+        )
+    front = (EXAMPLES / "space" / "README.md").read_text("utf-8").split("---")[1]
+    assert f"app_port: {how['port']}\n" in front
+    assert how["host"] == "0.0.0.0"

@@ -139,10 +139,8 @@ def test_the_mechanism_needs_torch_alone(module: str) -> None:
 
 
 def test_importing_the_package_or_its_command_line_loads_no_torch() -> None:
-    heavy = {"torch", "torchvision", "numpy", "matplotlib", "cv2", "PIL", "sklearn", "scipy"} | {
-        "starlette",
-        "uvicorn",
-    }
+    heavy = {"torch", "torchvision", "numpy", "matplotlib", "cv2", "PIL", "sklearn", "scipy"}
+    heavy |= {"starlette", "uvicorn"}
     assert not heavy & loaded_by("import diffsal.cli.main")
 
 

@@ -62,11 +62,8 @@ def test_a_file_in_memory_is_read_as_one_on_disk(served, png, tmp_path) -> None:
 def test_transparency_and_grey_become_colours(served, tmp_path) -> None:
     for mode in ("RGBA", "L", "P", "I;16"):
         Image.new(mode, (9, 7)).save(tmp_path / "a.png")
-        assert read_picture(served(), (tmp_path / "a.png").read_bytes(), "a").image.shape == (
-            7,
-            9,
-            3,
-        )
+        given = read_picture(served(), (tmp_path / "a.png").read_bytes(), "a.png")
+        assert given.image.shape == (7, 9, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"\x89PNG\r\n\x1a\n broken", b"GIF89a"])
