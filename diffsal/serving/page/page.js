@@ -117,9 +117,11 @@ function read(r, c) {
     element("strong", {}, `${signed(difference, largest)} logits`), ` ${side} ${short(told.true_name)} `,
     `in row ${r + 1}, column ${c + 1}: ${signed(yes, largest)} on the map of ${short(told.true_name)}, `
     + `${signed(no, largest)} on that of ${short(told.false_name)}.`
-    + (region ? ` Region ${number} has ${signed(region.logits)} of ${signed(region.of)}.` : ""));
+    + (region ? ` Region ${number} has ${part(region)}.` : ""));
   pressed(number);
 }
+
+const part = region => `${signed(region.logits, Math.abs(region.of))} of ${signed(region.of)}`;
 
 function pressed(number) {
   [...$("regions").children].forEach((one, index) => one.setAttribute("aria-pressed", index + 1 === number));
@@ -128,12 +130,13 @@ function pressed(number) {
 function showSum() {
   const { margin, evidence_for: above, evidence_against: below, residual } = told;
   const predicted = told.probabilities[told.predicted_class];
+  const largest = Math.max(...[margin, above, below, residual].map(Math.abs));
   $("verdict").replaceChildren(
-    element("strong", {}, told.true_name), ` over ${told.false_name} by `, element("strong", {}, signed(margin)), " logits",
+    element("strong", {}, told.true_name), ` over ${told.false_name} by `, element("strong", {}, signed(margin, largest)), " logits",
     element("small", {}, `Predicted: ${told.predicted_name}, p ${probability(predicted).replace(/^(?=\d)/, "= ")}`));
   const terms = [[`red cells: for ${short(told.true_name)}`, above, "for"], [`blue cells: against ${short(told.true_name)}`, below, "against"],
     ["bias and rest, not on the map", residual, ""]];
-  const values = [...terms.map(one => one[1]), margin], largest = Math.max(...values.map(Math.abs));
+  const values = [...terms.map(one => one[1]), margin];
   $("sum").replaceChildren(
     ...terms.map(([label, value, kind]) => row(label, track(value, values, kind), signed(value, largest))),
     row("margin, in logits", track(margin, values, margin < 0 ? "against" : "for"), signed(margin, largest), "total"));
@@ -149,11 +152,11 @@ function showProbabilities() {
 function showRegions() {
   $("regions-part").hidden = !told.regions.length;
   $("regions").replaceChildren(...told.regions.map((one, index) => {
-    const words = `${index + 1}: ${signed(one.logits)} of ${signed(one.of)}`;
+    const words = `${index + 1}: ${part(one)}`;
     const button = element("button", { type: "button", "aria-pressed": "false" }, words);
     button.addEventListener("click", () => {
       map.mark((r, c) => told.region_of[r]?.[c] === index + 1);
-      $("reading").replaceChildren(element("strong", {}, `${signed(one.logits)} logits`),
+      $("reading").replaceChildren(element("strong", {}, `${signed(one.logits, Math.abs(one.of))} logits`),
         ` in region ${index + 1}, of ${signed(one.of)} ${one.logits < 0 ? "against" : "for"} ${short(told.true_name)}: ${one.cells} cells.`);
       pressed(index + 1);
     });
@@ -171,7 +174,8 @@ function showNotes() {
     ? "Common-mode share: not applicable, the model has one output."
     : share === null ? "Common-mode share: undefined, both class maps are constant."
       : `Common-mode share ${Math.round(100 * share)} %: so much of the class maps' variance is common to both classes, `
-        + "and softmax between the two cannot see it. A low share does not prove a map faithful."));
+        + `and softmax between the two cannot see it${told.classes.length > 2 ? "; against a third class it can matter" : ""}. `
+        + "A low share does not prove a map faithful."));
   $("notes").replaceChildren(...notes);
 }
 
