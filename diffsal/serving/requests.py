@@ -24,6 +24,7 @@ LARGEST_FILE = 32 * 2**20
 _AT_ONCE = 2  # answers that are computed at the same time, to bound memory; further ones wait
 _WORDS = ("runner-up", "rest")
 _LONGEST_NAME = 200
+_MOST_CLASSES = 2**31  # beyond it, numbers are in no tensor
 
 
 class Desk:
@@ -192,7 +193,9 @@ def _choices(asked: Mapping[str, Any]) -> tuple[Choice, Choice]:
 
 
 def _choice(value: object, words: tuple[str, ...] = ()) -> Choice:
-    if value is None or type(value) is int or (isinstance(value, str) and value in words):
+    if value is None or (isinstance(value, str) and value in words):
+        return value
+    if type(value) is int and abs(value) < _MOST_CLASSES:
         return value
     raise DiffsalError(f"{str(value)[:40]!r} is no class: pass its number")
 

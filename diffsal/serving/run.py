@@ -1,6 +1,7 @@
 """From a model to a page that is served."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from diffsal.data.preprocessing import Preprocessing
@@ -49,4 +50,5 @@ def serve(
     app = application(Desk(served), host, loaded.path.name, examples)
     with listen(host, port) as listening:
         ready(address(listening))
-        server(app).run([listening])
+        with suppress(KeyboardInterrupt):
+            server(app).run([listening])

@@ -70,13 +70,13 @@ def application(desk: Desk, host: str, title: str, examples: Sequence[Path] = ()
         return JSONResponse(about)
 
     async def take(request: Request) -> Response:
-        content = await _body(request, LARGEST_FILE)
+        content = await _body(request, LARGEST_FILE, too_large())
         name = unquote(request.headers.get("x-name", ""))
         return JSONResponse(await run_in_threadpool(desk.take, content, name))
 
     async def figure(request: Request) -> Response:
         asked = {
-            name: int(value) if value.lstrip("-").isdecimal() else value
+            name: int(value) if value.isdecimal() else value
             for name, value in request.query_params.items()
         }
         asked["image"] = request.query_params.get("image", "")
@@ -106,8 +106,10 @@ async def _file(name: str, _request: Request) -> Response:
 
 
 async def _answer(answer: Callable[[dict[str, Any]], Any], request: Request) -> Response:
+    excess = DiffsalError(f"the question is longer than {_LARGEST_QUESTION} bytes")
+    text = await _body(request, _LARGEST_QUESTION, excess)
     try:
-        asked = json.loads(await _body(request, _LARGEST_QUESTION))
+        asked = json.loads(text)
     except (ValueError, RecursionError):  # of thousands of brackets
         asked = None
     if not isinstance(asked, dict):
@@ -115,15 +117,15 @@ async def _answer(answer: Callable[[dict[str, Any]], Any], request: Request) -> 
     return JSONResponse(await run_in_threadpool(answer, asked))
 
 
-async def _body(request: Request, most: int) -> bytes:
+async def _body(request: Request, most: int, excess: DiffsalError) -> bytes:
     """What was sent, given up as soon as it is too much."""
     if int(request.headers.get("content-length") or 0) > most:
-        raise too_large()
+        raise excess
     content = bytearray()
     async for part in request.stream():
         content += part
         if len(content) > most:
-            raise too_large()
+            raise excess
     return bytes(content)
 
 
@@ -132,7 +134,7 @@ def guarded(host: str, answer: Answer) -> Answer:
 
     async def guard(request: Request) -> Response:
         if not is_from_here(host, dict(request.headers)):
-            return _refusal(403, f"ask by http://{host}, from its own page")
+            return _refusal(403, "only this server's own page is answered")
         try:
             response: Response = await answer(request)
         except GoneError as error:

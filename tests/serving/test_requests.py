@@ -31,6 +31,7 @@ def asked(desk, png):
         ({"true": "runner-up"}, "is no class"),
         ({"true": 3}, "3"),
         ({"false": -1}, "-1"),
+        ({"false": 10**30}, "is no class"),
         ({"false": ["rest"]}, "is no class"),
         ({"true": 1, "false": 1}, "the false class is the true class"),
         ({"image": "guess"}, "drop it once more"),

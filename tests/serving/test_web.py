@@ -75,6 +75,11 @@ def test_what_is_no_question_is_refused(site, body) -> None:
     assert error_of(content) == "the question is no JSON object"
 
 
+def test_a_question_that_is_too_long_is_given_up(site) -> None:
+    status, _, content = asking(f"{site}/explain", b" " * 10_001)
+    assert (status, error_of(content)) == (422, "the question is longer than 10000 bytes")
+
+
 def test_an_image_that_is_gone_is_asked_for_again(site) -> None:
     status, _, content = asking(f"{site}/lie", b'{"image": "x", "strength": 0}')
     assert status == 410
