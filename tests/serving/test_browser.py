@@ -252,10 +252,14 @@ def test_two_users_at_once_do_not_meet(opened, one, file, png) -> None:
         assert margins == pytest.approx([told["margin"]] * 2, abs=6e-3)
 
 
-@pytest.mark.slow
-def test_an_image_that_was_dropped_is_given_again(opened, file, monkeypatch) -> None:
-    monkeypatch.setattr("diffsal.serving.shelf._MOST_BYTES", 1)
+@pytest.fixture
+def room_for_one(monkeypatch):
+    """Whoever gives an image has all others dropped."""
     monkeypatch.setattr("diffsal.serving.shelf.Shelf.__init__.__defaults__", (1,))
+
+
+@pytest.mark.slow
+def test_an_image_that_was_dropped_is_given_again(room_for_one, opened, file) -> None:
     mine, other = opened(), opened()
     explain(mine, file(0))
     verdict = words(mine, "#verdict")
