@@ -94,8 +94,12 @@ def numbers(page, selector):
 
 
 def settled(page, selector, before):
-    """Waits until an element's text is another one."""
-    sync_api.expect(page.locator(selector)).not_to_have_text(before, timeout=WAIT)
+    """Waits until an element's words are others."""
+    for _ in range(WAIT // 50):
+        if words(page, selector) != before:
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"{selector} still says: {before}")
 
 
 def test_an_image_is_explained(opened, one, file, png) -> None:
