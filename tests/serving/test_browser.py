@@ -223,7 +223,7 @@ def test_a_composite_is_made_of_the_cells_that_are_dragged_over(opened, one, fil
 
 
 @pytest.mark.slow
-def test_bad_files_are_one_line_and_the_page_goes_on(opened, file, one) -> None:
+def test_bad_files_are_one_line_and_the_page_goes_on(opened, file, tmp_path) -> None:
     page = opened()
     bad = {"name": "<b>notes</b>.txt", "mimeType": "text/plain", "buffer": b"hello"}
     give(page, bad)
@@ -234,7 +234,9 @@ def test_bad_files_are_one_line_and_the_page_goes_on(opened, file, one) -> None:
     explain(page, file())
     assert error.inner_text() == ""
     verdict = words(page, "#verdict")
-    give(page, {"name": "large.png", "mimeType": "image/png", "buffer": bytes(33 * 2**20)})
+    with (tmp_path / "large.png").open("wb") as large:
+        large.truncate(33 * 2**20)
+    give(page, tmp_path / "large.png")
     sync_api.expect(error).to_contain_text("large.png: the file is larger than 32 MB")
     assert words(page, "#verdict") == verdict
 
