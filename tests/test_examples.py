@@ -212,3 +212,21 @@ def test_each_method_is_tested_at_the_rate_that_validates_best():
     head = {"format": "diffsal-results", "format_version": 1, "command": "x"}
     schema = json.loads((EXAMPLES.parent / "docs/results/schema.json").read_text("utf-8"))
     jsonschema.validate(head | {"tables": [validation, tested]}, schema)
+
+
+def test_space(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffsal.demo.train_digits", partial(train_digits, epochs=1))
+    main, served = example("space/app")["main"], []
+    monkeypatch.setitem(
+        main.__globals__, "serve", lambda *given, **how: served.append((given, how))
+    )
+    main(tmp_path)
+    main(tmp_path)  # what was made at the first start is there
+    for (loaded,), how in served:
+        assert loaded.classes == ("3", "8")
+        assert [path.name for path in how["examples"]] == sorted(
+            ["image.png", *(f"digit-{number}.png" for number in range(5))]
+        )
+    front = (EXAMPLES / "space" / "README.md").read_text("utf-8").split("---")[1]
+    assert f"app_port: {how['port']}\n" in front
+    assert how["host"] == "0.0.0.0"

@@ -25,7 +25,7 @@ FLOORS = (
     ("training",),
     ("fooling", "explaining"),
     ("auditing", "demo"),
-    ("protocol",),
+    ("protocol", "serving"),
     ("cli",),
     ("__main__",),
 )
@@ -140,6 +140,7 @@ def test_the_mechanism_needs_torch_alone(module: str) -> None:
 
 def test_importing_the_package_or_its_command_line_loads_no_torch() -> None:
     heavy = {"torch", "torchvision", "numpy", "matplotlib", "cv2", "PIL", "sklearn", "scipy"}
+    heavy |= {"starlette", "uvicorn"}
     assert not heavy & loaded_by("import diffsal.cli.main")
 
 

@@ -17,6 +17,7 @@ from diffsal.cli.fool import fool
 from diffsal.cli.layers import layers
 from diffsal.cli.options import DEBUG
 from diffsal.cli.protocol import protocol
+from diffsal.cli.serve import serve
 from diffsal.cli.train import train
 from diffsal.errors import DiffsalError
 
@@ -53,5 +54,5 @@ def main() -> None:
     """
 
 
-for command in (explain, layers, demo, train, audit, protocol, fool):
+for command in (explain, layers, demo, train, audit, protocol, fool, serve):
     main.add_command(command)

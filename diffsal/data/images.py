@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -119,11 +120,35 @@ def read_image_with_notes(path: Path) -> tuple[NDArray[np.uint8], list[str]]:
         ['The image uses 4096 of 65536 levels of grey and is seen nearly black.']
     """
     with _opened(path) as stream:
-        magic = stream.read(132)[128:]
-        stream.seek(0)
-        if magic == b"DICM":
-            return _read_dicom(stream), []
-        return pixels_of(_decode(stream))
+        return _read(stream)
+
+
+def image_of_bytes(content: bytes, name: str) -> tuple[NDArray[np.uint8], list[str]]:
+    """What `read_image_with_notes` reads, of a file's content in memory.
+
+    Args:
+        content: the file's bytes.
+        name: what errors call it.
+
+    Raises:
+        DiffsalError: as `read_image`.
+
+    Example:
+        >>> file = BytesIO()
+        >>> Image.fromarray(np.full((2, 3), 255, np.uint8)).save(file, format="PNG")
+        >>> image_of_bytes(file.getvalue(), "a.png")[0].shape
+        (2, 3, 3)
+    """
+    with _one_line(name):
+        return _read(_not_empty(BytesIO(content)))
+
+
+def _read(stream: BinaryIO) -> tuple[NDArray[np.uint8], list[str]]:
+    magic = stream.read(132)[128:]
+    stream.seek(0)
+    if magic == b"DICM":
+        return _read_dicom(stream), []
+    return pixels_of(_decode(stream))
 
 
 def pixels_of(image: Image.Image) -> tuple[NDArray[np.uint8], list[str]]:
@@ -225,23 +250,33 @@ def _rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for the decoders and turn whatever they raise into one line with the path."""
+    """Open a file for the decoders."""
+    with _one_line(path), open_regular(Path(path)) as stream:
+        yield _not_empty(stream)
+
+
+def _not_empty(stream: BinaryIO) -> BinaryIO:
+    if not stream.read(1):
+        raise DiffsalError("the file is empty; replace it or leave it out")
+    stream.seek(0)
+    return stream
+
+
+@contextmanager
+def _one_line(name: str | Path) -> Iterator[None]:
+    """Turn whatever decoders raise into one line that begins with the file's name."""
     try:
-        with open_regular(Path(path)) as stream:
-            if not stream.read(1):
-                raise DiffsalError("the file is empty; replace it or leave it out")
-            stream.seek(0)
-            yield stream
+        yield
     except DiffsalError as error:
-        raise DiffsalError(f"{path}: {error}") from error
+        raise DiffsalError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:
         kinds = ", ".join(FORMATS)
-        raise DiffsalError(f"{path}: not a readable image ({kinds}); convert it") from error
+        raise DiffsalError(f"{name}: not a readable image ({kinds}); convert it") from error
     except Exception as error:  # broken files make decoders raise almost anything
         if isinstance(error, OSError) and error.strerror:
-            raise DiffsalError(f"{path}: {error.strerror}; check the path") from error
+            raise DiffsalError(f"{name}: {error.strerror}; check the path") from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DiffsalError(f"{path}: cannot be decoded ({reason}); replace the file") from error
+        raise DiffsalError(f"{name}: cannot be decoded ({reason}); replace the file") from error
 
 
 def _decode(stream: BinaryIO) -> Image.Image:

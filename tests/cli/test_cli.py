@@ -2,6 +2,8 @@
 
 import csv
 import json
+import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torchvision.models import resnet18
 
 import diffsal
 from diffsal.cli.main import main
@@ -222,3 +225,23 @@ def test_thresholds_of_the_user(folder):
     assert 'tests="2" failures="1"' in Path("fails/junit.xml").read_text()
     run("audit", *model, "--out", "none", "--fail-on", "correct", status=1)
     assert not Path("none").exists()
+
+
+def test_serve_says_what_to_do_where_its_extra_is_missing(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    for module in ("run", "web"):
+        monkeypatch.delitem(sys.modules, f"diffsal.serving.{module}", raising=False)
+    result = run("serve", "--model", "missing.pt", status=1)
+    assert result.stderr == (
+        "Error: the page needs starlette and uvicorn: pip install 'diffsal[serve]'\n"
+    )
+
+
+def test_serve_says_that_its_port_is_taken(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        torch.save(resnet18(num_classes=2).state_dict(), "weights.pt")
+        result = run("serve", "--model", "weights.pt", "--port", port, status=1)
+    assert f"Error: cannot listen on 127.0.0.1, port {port}" in result.stderr
+    assert "--port" in result.stderr
+    assert result.stdout == ""

@@ -1,0 +1,54 @@
+"""From a model to a page that is served."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from diffsal.data.preprocessing import Preprocessing
+from diffsal.models.checkpoints import LoadedModel
+from diffsal.serving.explained import Served
+from diffsal.serving.requests import Desk
+from diffsal.serving.web import PORT, address, application, listen, server
+from diffsal.system.devices import choose_device
+
+
+def serve(
+    loaded: LoadedModel,
+    preprocessing: Preprocessing | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    device: str = "auto",
+    host: str = "127.0.0.1",
+    port: int = PORT,
+    examples: Sequence[Path] = (),
+    ready: Callable[[str], object] = print,
+) -> None:
+    """Serve a page to play with a model, until interrupted.
+
+    Args:
+        loaded: the model; it is moved to the device.
+        preprocessing: from an image's pixels to its input; ``None``: what its file says.
+        classes: one name per class; ``None``: what its file says.
+        device: see :func:`diffsal.system.devices.choose_device`.
+        host: to listen on; by default other machines cannot reach it.
+        port: 0: any that is free.
+        examples: images that are offered to visitors who have none at hand.
+        ready: called with the page's address once it answers.
+
+    Raises:
+        DiffsalError: the port is taken, no such device, no layer for maps.
+
+    Example:
+        ::
+
+            serve(load_model("weights.pt"))
+    """
+    where = choose_device(device)
+    layer = loaded.target_layer  # one that is missing is told at once
+    made = preprocessing or loaded.preprocessing or Preprocessing()
+    served = Served(loaded.model.to(where), layer, made, where, classes or loaded.classes)
+    app = application(Desk(served), host, loaded.path.name, examples)
+    with listen(host, port) as listening:
+        ready(address(listening))
+        with suppress(KeyboardInterrupt):
+            server(app).run([listening])
