@@ -101,6 +101,7 @@ def page(results: Mapping[str, Any]) -> str:
     )
     environment.globals |= {
         "machines": results,
+        "ahead": lambda: ahead(results),
         "table": lambda *how: table(results, *how),
         "any": lambda *how: any_row(results, *how),
     }
@@ -133,6 +134,27 @@ def any_row(results: Mapping[str, Any], group: str, name: str, value: Any) -> bo
     """Whether a group was measured in a setting."""
     rows = [one for content in results.values() for one in content["rows"]]
     return any(one["group"] == group and one["setting"].get(name) == value for one in rows)
+
+
+def ahead(results: Mapping[str, Any]) -> list[str]:
+    """Where another library's maps are the faster ones, by their medians; spreads may overlap."""
+    found = []
+    for content in results.values():
+        rows = [one for one in content["rows"] if one["group"] == "maps"]
+        own = {
+            (one["name"], str(one["setting"])): one["median"]
+            for one in rows
+            if one["name"] in maps.OURS
+        }
+        on_device, numpy = maps.OURS
+        for one in rows:
+            ours = own[numpy if "numpy" in one["name"] else on_device, str(one["setting"])]
+            if one["name"] not in maps.OURS and one["median"] < ours:
+                found.append(
+                    f"{content['machine']['device']}, {one['setting']['model']}, batch "
+                    f"{one['setting']['batch']}: {one['name']} {one['median']:.3g}, ours {ours:.3g}"
+                )
+    return found
 
 
 def _cell(one: Row, value: str) -> str:
