@@ -125,6 +125,8 @@ def table(
             head = f"{content['machine']['device']}: {column.format_map(one['setting'])}"
             columns[head] = None
             cells.setdefault(one["name"], {})[head] = _cell(one, value)
+    if not cells:
+        return "Not measured."
     lines = [["", *columns], ["---"] * (1 + len(columns))]
     lines += [[name, *(row.get(head, "–") for head in columns)] for name, row in cells.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
