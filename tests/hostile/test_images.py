@@ -48,7 +48,7 @@ def test_names_that_are_no_text_or_too_long(tmp_path: Path, own_file: Callable[.
     for name in names:
         png(os.fsencode(tmp_path / "images") + b"/" + name)
     command = ["explain", str(tmp_path / "images"), "--out", str(tmp_path / "out"), "--size", "32"]
-    command += ["--overlays", "--save-maps", "--model", str(own_file())]
+    command += ["--overlays", "--save-resized-maps", "--model", str(own_file())]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     records = json.loads((tmp_path / "out/manifest.json").read_text("utf-8"))["images"]
@@ -87,7 +87,9 @@ def test_a_large_image_still_has_overlays_and_maps_of_its_own_size(
     tmp_path: Path, own_file: Callable[..., Path]
 ) -> None:
     png(tmp_path / "large.png", 2_000, 1_000)
-    settings = Settings(**{**vars(SETTINGS), "outputs": Outputs(False, overlays=True, maps=True)})
+    settings = Settings(
+        **{**vars(SETTINGS), "outputs": Outputs(False, overlays=True, resized_maps=True)}
+    )
     explain_images([tmp_path / "large.png"], load_model(own_file()), tmp_path / "out", settings)
     assert Image.open(tmp_path / "out/large.true.png").size == (2_000, 1_000)
     with np.load(tmp_path / "out/large.npz") as maps:
