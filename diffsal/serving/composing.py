@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffsal.data.sources import as_shown
 from diffsal.errors import DiffsalError
 from diffsal.explaining.records import class_names
 from diffsal.faithfulness.composites import Composites, compare, composite_margins
@@ -12,7 +13,7 @@ from diffsal.faithfulness.pasting import Plan, pasted
 from diffsal.maps.contrast import NO_CLASS, Choice, class_count
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.serving.explained import Picture, Served, maps_of, on_device
-from diffsal.serving.pictures import SMALL, as_uri, for_screen, pixels_of_input
+from diffsal.serving.pictures import SMALL, as_uri, for_screen
 from diffsal.system.devices import running
 
 
@@ -119,7 +120,7 @@ def composed(
     found, pixels = compose(served, maps, tensors, rectangle)
     names = class_names(served.classes, class_count(maps.logits))
     return {
-        "picture": as_uri(for_screen(pixels_of_input(pixels, served.preprocessing), SMALL)),
+        "picture": as_uri(for_screen(as_shown(pixels, served.preprocessing), SMALL)),
         "receiver": float(maps.margin[0]),
         "donor": float(maps.margin[1]),
         "predicted": float(found.predicted),

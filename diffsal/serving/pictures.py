@@ -4,10 +4,8 @@ import io
 from base64 import b64encode
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.explaining.figures import Explanation, overlay_layers
@@ -24,6 +22,7 @@ def for_screen(image: Pixels, side: int = LARGE) -> Pixels:
     """An image (H, W, 3) with a longer side of so many pixels; small ones grow, for smooth maps.
 
     Example:
+        >>> import numpy as np
         >>> for_screen(np.zeros((20, 40, 3), np.uint8)).shape
         (320, 640, 3)
     """
@@ -36,6 +35,7 @@ def as_uri(pixels: Pixels) -> str:
     """An image (H, W, 3) as a ``data:`` address.
 
     Example:
+        >>> import numpy as np
         >>> as_uri(np.zeros((2, 3, 3), np.uint8))[:23]
         'data:image/jpeg;base64,'
     """
@@ -59,6 +59,7 @@ def layer_over(image: Pixels, layer: Layer) -> dict[str, Any]:
     """A map over an image (H, W, 3): ``picture``, ``bar``, ``low`` and ``high``.
 
     Example:
+        >>> import numpy as np
         >>> from diffsal.explaining.overlays import own_layer
         >>> shown = layer_over(np.zeros((8, 8, 3), np.uint8), own_layer(np.float32([[0, 2]])))
         >>> shown["low"], shown["high"], shown["bar"][:15]
@@ -84,21 +85,3 @@ def seen_box(preprocessing: Preprocessing, size: tuple[int, int]) -> list[float]
     rows, columns = (seen.any(axis).nonzero()[:, 0] for axis in (1, 0))
     top, left = int(rows[0]), int(columns[0])
     return [left / width, top / height, len(columns) / width, len(rows) / height]
-
-
-def pixels_of_input(tensor: Tensor, preprocessing: Preprocessing) -> Pixels:
-    """An input of the network (C, H, W) as the image (H, W, 3) that it was made of.
-
-    Example:
-        >>> image = np.full((4, 4, 3), (10, 20, 30), np.uint8)
-        >>> made = Preprocessing(size=(4, 4))
-        >>> pixels_of_input(made(image), made)[0, 0].tolist()
-        [10, 20, 30]
-    """
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
-        for values in (preprocessing.mean, preprocessing.std)
-    )
-    shares = (tensor.float().cpu() * std + mean).clamp(0, 1)
-    pixels: Pixels = (shares * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0).numpy()
-    return np.ascontiguousarray(pixels)

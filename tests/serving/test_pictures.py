@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 from diffsal.data.preprocessing import Preprocessing
+from diffsal.data.sources import as_shown
 from diffsal.explaining.overlays import own_layer
-from diffsal.serving.pictures import as_uri, for_screen, layer_over, pixels_of_input, seen_box
+from diffsal.serving.pictures import as_uri, for_screen, layer_over, seen_box
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
 
@@ -40,13 +41,13 @@ def test_a_layer_is_the_projects_own() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_input_shows_the_image_that_it_was_made_of(channels) -> None:
     made = Preprocessing(size=(12, 20), channels=channels)
-    shown = pixels_of_input(made(NOISE), made)
+    shown = as_shown(made(NOISE), made)
     grey = np.asarray(Image.fromarray(NOISE).convert("L"))[..., None].repeat(3, axis=-1)
     assert np.array_equal(shown, NOISE if channels == 3 else grey)
 
 
 def test_what_is_out_of_range_is_clipped() -> None:
-    assert pixels_of_input(torch.full((3, 1, 1), 99.0), Preprocessing()).max() == 255
+    assert as_shown(torch.full((3, 1, 1), 99.0), Preprocessing()).max() == 255
 
 
 def test_a_crop_is_seen_in_its_place() -> None:
