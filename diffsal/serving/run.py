@@ -5,11 +5,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from diffsal.data.preprocessing import Preprocessing
+from diffsal.explaining.explanations import settings_of
 from diffsal.models.checkpoints import LoadedModel
 from diffsal.serving.explained import Served
 from diffsal.serving.requests import Desk
 from diffsal.serving.web import PORT, address, application, listen, server
-from diffsal.system.devices import choose_device
 
 
 def serve(
@@ -36,17 +36,19 @@ def serve(
         ready: called with the page's address once it answers.
 
     Raises:
-        DiffsalError: the port is taken, no such device, no layer for maps.
+        DiffsalError: the port is taken, no such device, no layer for maps; the file does not tell
+            how images become the model's input, and nor does the caller.
 
     Example:
         ::
 
             serve(load_model("weights.pt"))
     """
-    where = choose_device(device)
+    told = {"preprocessing": preprocessing, "classes": classes}
+    known = settings_of(loaded, device, **{name: one for name, one in told.items() if one})
     layer = loaded.target_layer  # one that is missing is told at once
-    made = preprocessing or loaded.preprocessing or Preprocessing()
-    served = Served(loaded.model.to(where), layer, made, where, classes or loaded.classes)
+    model = loaded.model.to(known.device)
+    served = Served(model, layer, known.preprocessing, known.device, known.classes)
     app = application(Desk(served), host, loaded.path.name, examples)
     with listen(host, port) as listening:
         ready(address(listening))

@@ -7,8 +7,9 @@ import sys
 import pytest
 from serving.site import asking
 
-from diffsal import save_checkpoint
+from diffsal import DiffsalError, load_model, save_checkpoint
 from diffsal.models.architectures import build_model
+from diffsal.serving.run import serve
 
 SHAPE = {"growth_rate": 4, "block_config": (1, 1), "num_init_features": 8, "num_classes": 2}
 
@@ -40,3 +41,11 @@ def test_from_the_command_to_an_answer_to_its_end(tmp_path, png) -> None:
     assert running.returncode == 0
     assert rest == ""
     assert "Traceback" not in errors
+
+
+def test_no_input_is_made_by_guessing(tmp_path) -> None:
+    architecture, path = "torchvision:DenseNet", tmp_path / "net.pt"
+    model = build_model(architecture, SHAPE)
+    save_checkpoint(path, model, architecture=architecture, arguments=SHAPE)
+    with pytest.raises(DiffsalError, match="how images become the model's input"):
+        serve(load_model(path), device="cpu", port=0)
