@@ -1,6 +1,7 @@
 """``diffsal.audit``: a model and a data set in memory, or their files, and an audit of them."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffsal.auditing.progress import Watch, watched
 from diffsal.auditing.result import Audit
 from diffsal.auditing.settings import Occluders, Settings, usual_batch_size
 from diffsal.data.index import Index, read_index
+from diffsal.data.oddities import oddities
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.data.sources import FILES, Held, hold
 from diffsal.errors import DiffsalError
@@ -60,6 +62,9 @@ def audit(
         progress: called with a stage's title, how many of its images are done, and how many there
             are.
 
+    Warns:
+        UserWarning: for each thing about the data that is odd, or that was passed over.
+
     Raises:
         DiffsalError: what :func:`diffsal.auditing.run.audit` raises, and data of another form.
 
@@ -79,6 +84,11 @@ def audit(
     preprocessing = preprocessing or loaded.preprocessing
     names = classes or loaded.classes
     held = _held(data, names, preprocessing)
+    for note in (
+        *held.index.notes,
+        *(oddities(held.index.samples) if held.source is FILES else ()),
+    ):
+        warnings.warn(note, stacklevel=2)
     if held.source is not FILES and other is not None:
         other = _of_one_input(other, held.preprocessing)
     on = choose_device(device) if isinstance(device, str) else device

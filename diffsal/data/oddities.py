@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from diffsal.data.images import glance, read_image_with_notes, read_map
 from diffsal.data.index import Sample
@@ -34,23 +37,49 @@ def oddities(samples: Sequence[Sample]) -> list[str]:
     """
     images = _spread([one.path for one in samples])
     pairs = _spread([(one.path, one.map) for one in samples if one.map is not None])
-    dark = [path for path in images if _holds(_is_nearly_black, path)]
-    oblong = [map_ for path, map_ in pairs if _holds(_differ_in_shape, path, map_)]
-    full = [map_ for _, map_ in pairs if _holds(_marks_everything, map_)]
+    dark = [path.name for path in images if _holds(_is_nearly_black, path)]
+    oblong = [map_.name for path, map_ in pairs if _holds(_are_of_other_shapes, path, map_)]
+    full = [map_.name for _, map_ in pairs if _holds(lambda one: _is_full(read_map(one)), map_)]
     grey = "use 4096 of 65536 levels of grey and are nearly black"
+    return [*_told(dark, f"{len(images)} images looked at {grey}"), *_of_maps(oblong, full, pairs)]
+
+
+def oddities_in_memory(
+    samples: Sequence[Sample], look: Callable[[Sample], tuple[Sequence[int], NDArray[np.float32]]]
+) -> list[str]:
+    """A sentence for each thing that is odd about some human maps of a data set in memory.
+
+    Args:
+        samples: that have maps; 32 are looked at.
+        look: gives an image's height and width, and its map (h, w), in [0, 1].
+
+    Example:
+        >>> import numpy as np
+        >>> one = Sample(Path("image 7"), 0)
+        >>> oddities_in_memory([one], lambda sample: ((2, 3), np.ones((2, 3), np.float32)))
+        ['1 of 1 human maps looked at mark the whole image: they say nothing (image 7)']
+    """
+    pairs = [(one.path.name, *look(one)) for one in _spread(samples)]
+    oblong = [name for name, size, map_ in pairs if _differ_in_shape(size, map_.shape)]
+    full = [name for name, _, map_ in pairs if _is_full(map_)]
+    return _of_maps(oblong, full, pairs)
+
+
+def _of_maps(oblong: Sequence[str], full: Sequence[str], looked_at: Sequence[object]) -> list[str]:
     shape = "have another aspect ratio than their images and are taken to span them whole"
     return [
-        *_told(dark, f"{len(images)} images looked at {grey}"),
-        *_told(oblong, f"{len(pairs)} human maps looked at {shape}"),
-        *_told(full, f"{len(pairs)} human maps looked at mark the whole image: they say nothing"),
+        *_told(oblong, f"{len(looked_at)} human maps looked at {shape}"),
+        *_told(
+            full, f"{len(looked_at)} human maps looked at mark the whole image: they say nothing"
+        ),
     ]
 
 
-def _told(found: Sequence[Path], of_all: str) -> list[str]:
+def _told(found: Sequence[str], of_all: str) -> list[str]:
     if not found:
         return []
     more = ", …" if len(found) > 1 else ""
-    return [f"{len(found)} of {of_all} ({found[0].name}{more})"]
+    return [f"{len(found)} of {of_all} ({found[0]}{more})"]
 
 
 def _spread(all_of_them: Sequence[One]) -> list[One]:
@@ -70,14 +99,17 @@ def _is_nearly_black(path: Path) -> bool:
     return glance(path).is_deep and bool(read_image_with_notes(path)[1])
 
 
-def _differ_in_shape(path: Path, map_: Path) -> bool:
-    (height, width), (map_height, map_width) = glance(path).size, glance(map_).size
+def _are_of_other_shapes(path: Path, map_: Path) -> bool:
+    return _differ_in_shape(glance(path).size, glance(map_).size)
+
+
+def _differ_in_shape(image: Sequence[int], map_: Sequence[int]) -> bool:
+    (height, width), (map_height, map_width) = image, map_
     off = abs(map_width - map_height * width / height), abs(map_height - map_width * height / width)
     ratio = map_width * height / (map_height * width)
     return max(ratio, 1 / ratio) > _SIDES and min(off) > 1
 
 
-def _marks_everything(path: Path) -> bool:
-    marked = read_map(path)
+def _is_full(marked: NDArray[Any]) -> bool:
     largest = float(marked.max())
     return largest > 0 and float(marked.mean()) >= _MARKED * largest

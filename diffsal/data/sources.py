@@ -19,6 +19,7 @@ from diffsal.data.datasets import ImageDataset, Item, Pixels
 from diffsal.data.forms import as_pixels
 from diffsal.data.images import read_image
 from diffsal.data.index import Index, Sample, class_position
+from diffsal.data.oddities import oddities_in_memory
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 
@@ -114,9 +115,11 @@ def hold(data: Any, *, classes: Sequence[str] | None, preprocessing: Preprocessi
     own = tuple(_own_names(data) or ())
     names = tuple(classes or own)
     is_other_order = names != own and sorted(names) == sorted(own)
-    labels, tensors = [], _Tensors(preprocessing)
+    labels, mapped, tensors = [], [], _Tensors(preprocessing)
     for position in range(len(items)):
-        image, label, _ = _parts(items[position], position)
+        image, label, human = _parts(items[position], position)
+        if human is not None:
+            mapped.append(position)
         if is_other_order and not isinstance(label, str):
             raise DiffsalError(
                 f"the {name} calls its classes {', '.join(own)}, the model's are "
@@ -136,7 +139,9 @@ def hold(data: Any, *, classes: Sequence[str] | None, preprocessing: Preprocessi
             f"the {name} yields images: pass preprocessing=, which makes tensors of them"
         )
     known = tensors.preprocessing()
-    return Held(Index(Path(name), names, samples), _InMemory(items, tensors.shape, known), known)
+    source = _InMemory(items, tensors.shape, known)
+    notes = oddities_in_memory([samples[position] for position in mapped], source.sizes)
+    return Held(Index(Path(name), names, samples, tuple(notes)), source, known)
 
 
 class _Tensors:
@@ -226,6 +231,12 @@ class _InMemory:
         image = self.parts(sample)[0]
         return as_shown(image, self._made) if self._are_tensors else as_pixels(_array(image))
 
+    def sizes(self, sample: Sample) -> tuple[Sequence[int], NDArray[np.float32]]:
+        """The image's height and width, and its human map as it was given."""
+        image, _, given = self.parts(sample)
+        size = image.shape[1:] if self._are_tensors else as_pixels(_array(image)).shape[:2]
+        return size, _human_map(given, sample).numpy()
+
     def parts(self, sample: Sample) -> tuple[Any, Any, Any]:
         position = int(sample.path.name.removeprefix("image "))
         return _parts(self._items[position], position)
@@ -235,7 +246,7 @@ class _InMemory:
         pixels = as_pixels(_array(image))
         human = None
         if given is not None:
-            human = preprocessing.resized(_human_map(given, pixels.shape[:2], sample))
+            human = preprocessing.resized(_spanning(_human_map(given, sample), pixels.shape[:2]))
         return preprocessing.resized(pixels), human
 
 
@@ -254,7 +265,7 @@ class _TensorDataset(Dataset[Item]):
         size = image.shape[1:]
         human = torch.full(size, torch.nan)
         if given is not None:
-            human = torch.from_numpy(_human_map(given, size, sample))
+            human = torch.from_numpy(_spanning(_human_map(given, sample), size))
         return image.detach().float(), sample.label, human, position
 
 
@@ -328,8 +339,8 @@ def _array(image: Any) -> Any:
     return image
 
 
-def _human_map(given: Any, size: Sequence[int], sample: Sample) -> NDArray[np.float32]:
-    """(H, W) of the image, in [0, 1]."""
+def _human_map(given: Any, sample: Sample) -> Tensor:
+    """(h, w), in [0, 1]."""
     if isinstance(given, Image.Image):
         given = np.asarray(given.convert("L"))
     values = given if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
@@ -341,6 +352,11 @@ def _human_map(given: Any, size: Sequence[int], sample: Sample) -> NDArray[np.fl
             f"{sample.path}: its human map has the shape {_told(values.shape)} or values beyond 0 "
             "to 1; yield (H, W), in [0, 1] or uint8"
         )
+    return values
+
+
+def _spanning(values: Tensor, size: Sequence[int]) -> NDArray[np.float32]:
+    """(H, W): the map over the whole image."""
     if values.shape != torch.Size(size):
         values = F.interpolate(
             values[None, None], tuple(size), mode="bilinear", align_corners=False, antialias=True

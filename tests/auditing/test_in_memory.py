@@ -110,6 +110,18 @@ def test_a_loader_is_read_batch_by_batch(index, files):
     assert found.document["data"]["with_human_maps"] == 0
 
 
+@pytest.mark.parametrize("are_files", [True, False])
+def test_what_is_odd_about_the_data_is_said(files, tmp_path, are_files):
+    folder, _ = files
+    path = write_index(tmp_path, (4, 4))
+    for one in read_index(path).samples:
+        if one.map is not None:
+            Image.new("L", Image.open(one.map).size, 255).save(one.map)
+    data = path if are_files else Pictures(read_index(path, classes=NAMES[:2]), "arrays")
+    with pytest.warns(UserWarning, match="human maps looked at mark the whole image"):
+        diffsal.audit(load_model(folder / "weights.pt"), data, limit=2, **HOW)
+
+
 def test_the_model_is_left_as_it_was(index):
     model = BagOfFeatures().train()
     before = copy.deepcopy(model.state_dict())

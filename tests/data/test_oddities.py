@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffsal.data.index import Sample
 from diffsal.data.oddities import oddities
+from diffsal.data.preprocessing import Preprocessing
+from diffsal.data.sources import hold
 
 
 @pytest.fixture
@@ -80,3 +83,19 @@ def test_of_many_some_are_looked_at_all_over(saved: Callable[..., Path]) -> None
 def test_unreadable_files_are_left_to_their_reader(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no")
     assert oddities([Sample(tmp_path / "broken.png", 0, map=tmp_path / "gone.png")]) == []
+
+
+@pytest.mark.parametrize("form", [np.asarray, torch.from_numpy, Image.fromarray])
+def test_maps_in_memory_are_looked_at_as_files_are(form: Callable[..., object]) -> None:
+    image = plain(48, 64)[..., None].repeat(3, 2)
+    maps = [plain(48, 64), plain(5, 7), np.zeros((48, 64), np.uint8)]
+    odd = [plain(32, 32), np.full((48, 64), 255, np.uint8)]
+    items = [(image, 0, None), *((image, 0, form(one)) for one in (*maps, *odd))]
+    held = hold(items, classes=None, preprocessing=Preprocessing(size=(8, 8)))
+    assert held.index.notes == (
+        "1 of 5 human maps looked at have another aspect ratio than their images and are taken to "
+        "span them whole (image 4)",
+        "1 of 5 human maps looked at mark the whole image: they say nothing (image 5)",
+    )
+    tensors = [(torch.rand(3, 48, 64), 0, form(one)) for one in odd]
+    assert len(hold(tensors, classes=None, preprocessing=None).index.notes) == 2

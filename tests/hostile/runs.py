@@ -270,16 +270,17 @@ def contents(out: Path) -> dict[str, Any]:
         if path.suffix in (".json", ".jsonl"):
             texts = path.read_text("utf-8")
             lines = texts.splitlines() if path.suffix == ".jsonl" else [texts]
-            found[name] = [_steady(json.loads(line)) for line in lines]
+            found[name] = [steady(json.loads(line)) for line in lines]
         else:
             found[name] = _STAMP.sub(b"", path.read_bytes())
     return found
 
 
-def _steady(value: Any) -> Any:
+def steady(value: Any) -> Any:
+    """Without times of day and seconds."""
     if isinstance(value, dict):
-        return {key: _steady(one) for key, one in value.items() if key not in _VOLATILE}
-    return [_steady(one) for one in value] if isinstance(value, list) else value
+        return {key: steady(one) for key, one in value.items() if key not in _VOLATILE}
+    return [steady(one) for one in value] if isinstance(value, list) else value
 
 
 def differing(out: Path, reference: dict[str, Any]) -> list[str]:

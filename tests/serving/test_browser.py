@@ -52,7 +52,7 @@ def opened(chromium, one):
             page.set_default_timeout(WAIT)
             page.on("pageerror", lambda error: faults.append(str(error)))
             page.on("request", lambda sent: faults.append(sent.url) if is_foreign(sent.url) else 0)
-            # Choosers are intercepted some time after somebody first listens: before a key opens one.
+            # Choosers are intercepted some time after somebody first listens to them: in time.
             page.on("filechooser", lambda chooser: None)
             page.goto(url)
             page.wait_for_selector("#first .drop")
