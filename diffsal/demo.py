@@ -1,11 +1,8 @@
-"""The demo: a small network trained on handwritten digits, and the command that explains it.
+"""The demo: a small network trained on handwritten digits, to be explained.
 
 The digits 3 and 8 differ by the left side alone, which an 8 closes. So anyone can see whether a
 map of the evidence for 8 against 3 is right."""
 
-import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,24 +141,16 @@ def write_photographs_demo(folder: Path) -> tuple[list[Path], Path]:
     return images, weights
 
 
-def run_demo(folder: Path, pretrained: bool = False) -> None:
-    """Write images and weights to ``folder``, and explain them as a user would.
+def write_demo(folder: Path, pretrained: bool = False) -> tuple[list[Path], Path]:
+    """Write the demo's images and weights to a folder; returns their paths.
 
     Raises:
-        DiffsalError: ``folder`` holds something or cannot be written to, the extra ``pretrained``
-            is not installed, or the command failed.
+        DiffsalError: ``folder`` holds something or cannot be written to, or the extra
+            ``pretrained`` is not installed.
     """
     _check_folder(folder)
     with sole_writer(folder):
-        images, weights = (write_photographs_demo if pretrained else write_digits_demo)(folder)
-    names = [image.name for image in images]
-    command = ["explain", *names, "--model", weights.name, "--overwrite"]
-    print(f"\ncd {folder}\n$ diffsal {shlex.join(command)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "diffsal", *command], cwd=folder, check=False)
-    if done.returncode:
-        raise DiffsalError(f"the demo's own command failed in {folder}: see above")
-    for name in names:
-        print(f"\nLook at {folder / 'explanations' / name}")
+        return (write_photographs_demo if pretrained else write_digits_demo)(folder)
 
 
 def _check_folder(folder: Path) -> None:

@@ -26,7 +26,7 @@ from diffsal.auditing.progress import is_ours
 from diffsal.auditing.run import audit
 from diffsal.cli.main import main
 from diffsal.data.index import Index, read_index
-from diffsal.demo import run_demo
+from diffsal.demo import write_demo
 from diffsal.errors import DiffsalError
 from diffsal.explaining.explanations import Settings, explain_images
 from diffsal.fooling.attack import FINE_TUNING, fool
@@ -149,7 +149,7 @@ def test_what_writes_to_a_folder_or_a_file_is_alone_there(
         "audited": lambda: audit(
             index, loaded, tmp_path / "audited", auditing.Settings(loaded.preprocessing, device)
         ),
-        "demo": lambda: run_demo(tmp_path / "demo"),
+        "demo": lambda: write_demo(tmp_path / "demo"),
         "fooled.pt": lambda: fool(index, loaded, tmp_path / "fooled.pt"),
     }
     for name, call in calls.items():
@@ -196,12 +196,12 @@ def test_the_demo_writes_over_nothing_but_an_earlier_demo(
     (tmp_path / "mine" / "thesis.tex").touch()
     for place, error in (("file", "no folder"), ("mine", "holds other files, as thesis.tex")):
         with refused(f"{place}: {error}"):
-            run_demo(tmp_path / place)
+            write_demo(tmp_path / place)
     (tmp_path / "demo").mkdir()
     for name in ("image.png", "weights.pt"):
         (tmp_path / "demo" / name).touch()
     with refused("trains"):
-        run_demo(tmp_path / "demo")
+        write_demo(tmp_path / "demo")
 
 
 def test_no_cell_of_a_table_is_a_formula(
