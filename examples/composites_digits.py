@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -27,13 +28,14 @@ from diffsal import explain
 from diffsal.data.datasets import ImageDataset, Pixels
 from diffsal.data.index import Sample
 from diffsal.data.preprocessing import Preprocessing
-from diffsal.demo import PREPROCESSING, Digits, digits, train_digits
+from diffsal.demo import ARCHITECTURE, ARGUMENTS, PREPROCESSING, Digits, digits, train_digits
 from diffsal.faithfulness.composites import compare, composite_margins, run_composites
 from diffsal.faithfulness.input_level import smoothgrad, smoothgrad_agreement
 from diffsal.faithfulness.pasting import Plan, Regions, Seams, plan_composites
 from diffsal.fooling.attack import FINE_TUNING, fine_tuned
 from diffsal.fooling.objectives import Objective
 from diffsal.fooling.targets import target_distance, target_map
+from diffsal.models.architectures import build_model
 from diffsal.protocol.statistics import told_by_low
 from diffsal.system.files import replacing, write_json
 from diffsal.training.loop import auroc
@@ -77,6 +79,7 @@ MODELS: dict[str, Made] = {
     },
     "knows composites, γ 0.03": Made("plain", "composite", gamma=0.03),
     "knows composites, γ 0.1": Made("plain", "composite", gamma=0.1),
+    "knows soft seams, γ 0.1": Made("plain", "any-seams", gamma=0.1),
     "knows gradients, γ 0.1": Made("plain", "gradient", gamma=0.1),
     "knows every test, γ 0.1": Made("plain", "every-test", gamma=0.1),
     "recognises seams, γ 0.1": Made("plain", "seams", gamma=0.1),
@@ -85,12 +88,18 @@ MODELS: dict[str, Made] = {
     "blank border: adaptive": Made("blank border", "difference"),
     "blank border: knows, γ 0.03": Made("blank border", "composite", gamma=0.03),
     "blank border: knows, γ 0.1": Made("blank border", "composite", gamma=0.1),
+    "blank border: knows soft seams": Made("blank border", "any-seams", gamma=0.1),
     "blank border: knows every test": Made("blank border", "every-test", gamma=0.1),
     "blank border: recognises seams": Made("blank border", "seams", gamma=0.1),
     "shortcut at the edges: honest": Made("shortcut"),
     "shortcut at the edges: control": Made("shortcut", "control"),
 }
 HONEST = ("honest", "control")
+IMITATED = (
+    *("honest", "control", "adaptive, edges", "knows composites, γ 0.1"),
+    "knows soft seams, γ 0.1",
+)
+"""Models whose margins others learn to foretell from a part of the pixels."""
 TELLING = ("rectangles", "marked", "seam gap")
 THRESHOLDS = (("rectangles", 0.1), ("marked", 0.1), ("smoothgrad", 0.3))
 """Below which a reader might say that something is wrong; for the table of false alarms."""
@@ -176,6 +185,62 @@ def frame_alone(
     }
 
 
+def imitation(model: nn.Module, parts: tuple[Digits, Digits], seed: int) -> dict[str, float]:
+    """How well others, trained to, foretell a model's margin from a part of the pixels.
+
+    Neither a map nor a gradient nor a composite has a part in it: the correlation, within classes
+    (which class it is, any part of a digit tells), of margins of held-out images with those of a
+    network of the same kind that sees whole images, the frame alone, or the centre alone.
+    """
+    frame = F.interpolate(target_map("edges", CELLS)[None, None], PREPROCESSING.size)
+    seen = {"whole": torch.ones_like(frame), "frame": frame, "centre": 1 - frame}
+    (inputs, _), (others, labels) = (part.tensors() for part in parts)
+    margins = _margins(model, inputs)
+    wanted, expected = (margins - margins.mean()) / margins.std(), _margins(model, others)
+    found = {}
+    for name, mask in seen.items():
+        student = imitator(_masked(inputs, mask), wanted, seed)
+        pair = torch.stack([expected, _margins(student, _masked(others, mask))])
+        found[f"from_{name}"] = float(torch.corrcoef(_within(pair, labels))[0, 1])
+    return found
+
+
+def _within(values: Tensor, labels: Tensor) -> Tensor:
+    """(2, N): each less its class's mean."""
+    means = torch.stack([values[:, labels == label].mean(1) for label in (0, 1)], dim=1)
+    return values - means[:, labels]
+
+
+def imitator(inputs: Tensor, wanted: Tensor, seed: int, epochs: int = 8) -> nn.Module:
+    """A network (N, 3, H, W) → (N, 2), trained so that its margins are those wanted (N,)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(ARCHITECTURE, ARGUMENTS)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(inputs)).split(16):
+                loss = F.mse_loss(_margin(model(inputs[batch])), wanted[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def _masked(inputs: Tensor, mask: Tensor) -> Tensor:
+    return inputs * mask - (1 - mask)  # the digits' black is -1
+
+
+def _margin(logits: Tensor) -> Tensor:
+    return logits[:, 1] - logits[:, 0]
+
+
+@torch.no_grad()
+def _margins(model: nn.Module, inputs: Tensor) -> Tensor:
+    return _margin(model(inputs))
+
+
 def run_seed(folder: Path, seed: int) -> None:
     """Train and measure those models of a seed that its file does not have yet."""
     path = folder / f"seed-{seed}.json"
@@ -188,7 +253,10 @@ def run_seed(folder: Path, seed: int) -> None:
         train, held_out = (bordered(part, how.data, seed + n) for n, part in enumerate(parts))
         if how.data not in honest:
             honest[how.data] = train_digits(train, seed)
-        found[name] = numbers(made(honest[how.data], train, how, seed), held_out, how.target, seed)
+        model = made(honest[how.data], train, how, seed)
+        found[name] = numbers(model, held_out, how.target, seed)
+        if name in IMITATED:
+            found[name] |= imitation(model, (train, held_out), seed)
         print(seed, name, {key: round(value, 2) for key, value in found[name].items()}, flush=True)
         write_json(path, found)
 

@@ -33,14 +33,14 @@ from diffsal.errors import DiffsalError
     "--objective",
     type=click.Choice(
         [
-            *("true", "difference", "both", "composite", "gradient", "every-test", "seams"),
-            *("top-k", "center-mass", "control"),
+            *("true", "difference", "both", "composite", "any-seams", "gradient", "every-test"),
+            *("seams", "top-k", "center-mass", "control"),
         ]
     ),
     default="true",
     show_default=True,
-    help="What the attack moves; composite, gradient, every-test and seams: the difference, past "
-    "tests of maps; control: nothing, to compare attacks with.",
+    help="What the attack moves; composite, any-seams, gradient, every-test and seams: the "
+    "difference, past tests of maps; control: nothing, to compare attacks with.",
 )
 @click.option(
     "--method",

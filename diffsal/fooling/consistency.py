@@ -64,6 +64,30 @@ def composite_inconsistency(
     return _inconsistency(look, images, labels, maps, _plan(labels, maps, "rectangles"))
 
 
+def inconsistency_whatever_the_seams(
+    look: Look, images: Tensor, labels: Tensor, maps: SalienceMaps
+) -> Tensor:
+    """The mean of :func:`composite_inconsistency` with sharp and with feathered seams.
+
+    The same regions and donors with both; arguments, result and errors are those of that function.
+
+    Example:
+        >>> from torch import nn
+        >>> from diffsal.maps.salience import capture
+        >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        >>> model = nn.Sequential(nn.Conv2d(1, 4, 4, stride=4), nn.ReLU(), *head)
+        >>> images, labels = torch.rand(6, 1, 16, 16), torch.tensor([0, 1] * 3)
+        >>> with capture(model) as captured:
+        ...     look = lambda images, labels: captured.maps(model(images), labels)
+        ...     term = inconsistency_whatever_the_seams(look, images, labels, look(images, labels))
+        >>> bool(term > 0)  # pixels are blended, and what is over a threshold is not linear
+        True
+    """
+    sharp = _plan(labels, maps, "rectangles")
+    plans = sharp, replace(sharp, seams="feathered")
+    return torch.stack([_inconsistency(look, images, labels, maps, one) for one in plans]).mean()
+
+
 def every_test_failed(look: Look, images: Tensor, labels: Tensor, maps: SalienceMaps) -> Tensor:
     """How far a batch's maps are from passing composites of every kind of region, and gradients.
 

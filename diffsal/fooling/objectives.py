@@ -14,6 +14,7 @@ from diffsal.fooling.consistency import (
     composite_inconsistency,
     every_test_failed,
     gradient_disagreement,
+    inconsistency_whatever_the_seams,
     seams_unrecognised,
 )
 from diffsal.fooling.targets import Measure, centroid_shift, target_distance, top_cells
@@ -34,6 +35,7 @@ Objective: TypeAlias = Literal[
     "composite",
     "gradient",
     "every-test",
+    "any-seams",
     "seams",
     "top-k",
     "center-mass",
@@ -182,6 +184,7 @@ OBJECTIVES: dict[Objective, type[SalienceLoss]] = {
     "composite": DifferenceSalienceLoss,
     "gradient": DifferenceSalienceLoss,
     "every-test": DifferenceSalienceLoss,
+    "any-seams": DifferenceSalienceLoss,
     "seams": DifferenceSalienceLoss,
     "top-k": TopKLoss,
     "center-mass": CenterMassLoss,
@@ -199,6 +202,7 @@ TESTS: dict[Objective, Callable[[nn.Module], Test]] = {
     "composite": lambda _: composite_inconsistency,
     "gradient": lambda _: gradient_disagreement,
     "every-test": lambda _: every_test_failed,
+    "any-seams": lambda _: inconsistency_whatever_the_seams,
     "seams": lambda honest: partial(seams_unrecognised, honest=honest),
 }
 """Objective to the test that the fooled maps are to pass, of the honest model."""

@@ -22,6 +22,7 @@ from diffsal.fooling.consistency import (
     composite_inconsistency,
     every_test_failed,
     gradient_disagreement,
+    inconsistency_whatever_the_seams,
 )
 from diffsal.fooling.objectives import TESTS
 from diffsal.fooling.targets import target_distance, target_map
@@ -171,7 +172,8 @@ def test_an_attacker_who_knows_composites_passes_them(folder: Path, index: Index
 
 
 @pytest.mark.parametrize(
-    ("objective", "gamma"), [("composite", None), ("gradient", 0.7), ("every-test", None)]
+    ("objective", "gamma"),
+    [("composite", None), ("gradient", 0.7), ("every-test", None), ("any-seams", 0.2)],
 )
 def test_a_test_to_be_passed_is_a_weighted_term(
     objective: Any, gamma: float | None, folder: Path, index: Index, monkeypatch: pytest.MonkeyPatch
@@ -186,6 +188,7 @@ def test_a_test_to_be_passed_is_a_weighted_term(
         "composite": composite_inconsistency,
         "gradient": gradient_disagreement,
         "every-test": every_test_failed,
+        "any-seams": inconsistency_whatever_the_seams,
     }
     assert TESTS[objective](nn.Identity()) is wanted[objective]
     monkeypatch.setattr("diffsal.fooling.attack.fit", keep)

@@ -16,6 +16,7 @@ from diffsal.fooling.consistency import (
     composite_inconsistency,
     every_test_failed,
     gradient_disagreement,
+    inconsistency_whatever_the_seams,
     seams_unrecognised,
 )
 from diffsal.maps.salience import capture
@@ -140,6 +141,30 @@ def test_seams_tell_apart_what_is_foretold_and_what_is_honest(plans: list[Plan])
     assert found.item() == pytest.approx((consistent + error) / 2, rel=1e-9)
 
 
+def test_seams_of_both_kinds_count_alike(plans: list[Plan]) -> None:
+    model, images = small(), 2 * torch.randn(5, 2, 16, 16, dtype=torch.float64)
+    model[0] = nn.Conv2d(2, 3, 5, stride=4, padding=1).double()  # cells of 4 pixels have soft seams
+    found = value(inconsistency_whatever_the_seams, model, images)
+    assert [plan.seams for plan in plans] == ["sharp", "feathered"]
+    assert torch.equal(*(plan.region for plan in plans))
+    own = model(images).detach().diff(dim=1)[:, 0]
+    features = model[:2](images).detach()
+    difference = (features * model[4].weight.diff(dim=0)[0][:, None, None]).sum(1).detach()
+    difference = difference / difference[0].numel()
+    expected = []
+    for plan in plans:
+        foretold, alike, actual = [], [], model(pasted(images, plan)).detach().diff(dim=1)[:, 0]
+        for receiver, donor, region in zip(plan.receiver, plan.donor, plan.region, strict=True):
+            change = (difference[donor] - difference[receiver])[region].sum()
+            foretold.append(own[receiver] + change)
+            share = region.double().mean()
+            alike.append((1 - share) * own[receiver] + share * own[donor])
+        errors = ((actual - torch.stack(guess)).square().sum() for guess in (foretold, alike))
+        expected.append(np.divide(*(float(one) for one in errors)))
+    assert found.item() == pytest.approx(np.mean(expected), rel=1e-9)
+    assert abs(expected[0] - expected[1]) > 1e-3
+
+
 def test_every_image_receives_a_rectangle_of_one_of_the_other_class(plans: list[Plan]) -> None:
     model, images = small(), pictures()
     for _ in range(60):
@@ -176,6 +201,7 @@ def test_a_batch_of_one_class_is_pasted_into_itself(plans: list[Plan]) -> None:
         composite_inconsistency,
         gradient_disagreement,
         every_test_failed,
+        inconsistency_whatever_the_seams,
         partial(seams_unrecognised, honest=nn.Sequential(nn.Flatten(), nn.Linear(128, 2)).double()),
     ],
 )
