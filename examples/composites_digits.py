@@ -286,6 +286,10 @@ def filled(text: str, data: Mapping[str, Any]) -> str:
             ),
             [_model_row(seeds, name) for name in models],
         ),
+        "imitated": _table(
+            ("model", "whole image", "frame alone", "centre alone"),
+            [_imitated(seeds, name) for name in IMITATED],
+        ),
         "alarms": _table(
             ("model", *(f"{measure} < {least}" for measure, least in THRESHOLDS)),
             [_alarms(seeds, name) for name in models],
@@ -334,6 +338,15 @@ def _alarms(seeds: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     seeds = _with_model(seeds, name)
     counts = (sum(one[name][measure] < least for one in seeds) for measure, least in THRESHOLDS)
     return [name, *(f"{count} of {len(seeds)}" for count in counts)]
+
+
+def _imitated(seeds: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    found = [one[name] for one in seeds if "from_whole" in one.get(name, {})]
+    parts = ([one[f"from_{part}"] for one in found] for part in ("whole", "frame", "centre"))
+    return [
+        f"{name} ({len(found)} seeds)",
+        *(f"{fmean(part):.2f} ({min(part):.2f} to {max(part):.2f})" for part in parts),
+    ]
 
 
 def _each(seeds: Sequence[Mapping[str, Any]], name: str) -> list[str]:

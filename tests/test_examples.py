@@ -7,9 +7,11 @@ from itertools import product
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from diffsal import explain
 from diffsal.data.index import Index, Sample
@@ -95,6 +97,35 @@ def test_composites_digits(tmp_path):
     found = json.loads((tmp_path / "seed-3.json").read_text())[shortcut]
     assert found["auroc"] > 0.9
     assert found["frame_moves"] > 0.3
+
+
+def test_what_decides_by_the_frame_is_imitated_from_the_frame():
+    """On noise, with least squares in the place of networks that learn."""
+    module = example("composites_digits")
+    names = module["imitation"].__globals__
+    cells = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
+
+    def least_squares(inputs, wanted, seed):
+        head = nn.Linear(192, 2).requires_grad_(False)
+        head.weight.zero_()
+        head.weight[1] = torch.linalg.lstsq(cells(inputs), wanted[:, None]).solution[:, 0]
+        return nn.Sequential(cells, head)
+
+    names["imitator"] = least_squares
+    generator = np.random.default_rng(0)
+    parts = [
+        Digits(
+            generator.integers(0, 256, (count, 64, 64, 3)).astype(np.uint8), np.arange(count) % 2
+        )
+        for count in (240, 120)
+    ]
+    model = least_squares(torch.rand(192, 3, 64, 64), torch.zeros(192), 0)
+    for position, seen, blind in ((3, "frame", "centre"), (27, "centre", "frame")):
+        model[1].weight[1] = nn.functional.one_hot(torch.tensor(position), 192)
+        found = module["imitation"](model, parts, 0)
+        assert found["from_whole"] == pytest.approx(1, abs=1e-3)
+        assert found[f"from_{seen}"] == pytest.approx(1, abs=1e-3)
+        assert abs(found[f"from_{blind}"]) < 0.3
 
 
 def test_the_page_of_composites_is_that_of_its_data():
