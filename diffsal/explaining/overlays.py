@@ -78,18 +78,13 @@ class Layer:
         count = self.colormap.N
         place = ((values - self.low) / (self.high - self.low) * count).astype(np.intp)
         grey = np.asarray(Image.fromarray(image).convert("L"))
-        tinted = _tints(self.colormap, self.darkest)[place.clip(0, count - 1), grey]
+        tinted = _tints(_Same(self.colormap), self.darkest)[place.clip(0, count - 1), grey]
         return np.where(missing[..., None], image, tinted) if any_missing else tinted
 
     def bar(self, width: int) -> Pixels:
         """The scale itself, lowest value left."""
         colours: Pixels = self.colormap(np.linspace(0, 1, width), bytes=True)[:, :3]
         return np.repeat(colours[None], 10, axis=0)
-
-
-def _tints(colormap: Colormap, darkest: float) -> Pixels:
-    """(N, 256, 3): each colour over each grey of the image."""
-    return _tints_of(_Same(colormap), darkest)
 
 
 class _Same:
@@ -106,7 +101,8 @@ class _Same:
 
 
 @lru_cache(maxsize=8)
-def _tints_of(same: _Same, darkest: float) -> Pixels:
+def _tints(same: _Same, darkest: float) -> Pixels:
+    """(N, 256, 3): each colour over each grey of the image."""
     colours = same.colormap(np.arange(same.colormap.N), bytes=True)[:, None, :3]
     share = darkest + (1 - darkest) * (np.arange(256, dtype=np.float32) / 255)
     tints: Pixels = (colours * share[None, :, None] + 0.5).astype(np.uint8)
