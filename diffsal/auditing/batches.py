@@ -51,16 +51,22 @@ def read_batches(
     settings: Settings,
     title: str,
     failed: list[dict[str, Any]],
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Batches of what can be read; what cannot goes to ``failed``."""
+    """Batches of what can be read; what cannot goes to ``failed``.
+
+    Of several processes each reads every ``share[1]``-th batch, from the ``share[0]``-th on; the
+    others' count as done.
+    """
     dataset = settings.source.items(samples, settings.preprocessing)
     dtype = next(loaded.model.parameters()).dtype
     # Each is perturbed into a hundred: few at a time, and progress is seen.
     step = min(settings.batch_size, max(8, settings.batch_size // 8))
     with stage(title, len(samples)) as advance:
-        for start in range(0, len(samples), step):
+        for number, start in enumerate(range(0, len(samples), step)):
             items = []
-            for position in range(start, min(start + step, len(samples))):
+            is_own = number % share[1] == share[0]
+            for position in range(start, min(start + step, len(samples)) if is_own else start):
                 try:
                     items.append(dataset[position])
                 except DiffsalError as error:

@@ -32,6 +32,7 @@ from diffsal.faithfulness.statistics import Interval
 from diffsal.maps.contrast import class_count
 from diffsal.maps.salience import explain
 from diffsal.models.checkpoints import LoadedModel
+from diffsal.system.processes import in_turns
 
 KINDS: dict[str, dict[str, Any]] = {
     "rectangles": {},
@@ -191,7 +192,13 @@ def _run(kind: str, read: _Images, model: nn.Module, settings: Settings) -> Comp
         read.difference, read.labels, per_image=PER_IMAGE, seed=settings.seed, **KINDS[kind]
     )
     with stage(f"composites, {kind}", len(read.samples)) as advance:
-        actual = composite_margins(model, read.inputs, plan, batch_size=settings.batch_size)
+        rank, processes = settings.share
+        step = settings.batch_size
+        own = [
+            composite_margins(model, read.inputs, plan[start : start + step], batch_size=step)
+            for start in range(rank * step, len(plan), processes * step)
+        ]
+        actual = torch.cat(in_turns(own, processes))
         advance(len(read.samples))
     return compare(plan, read.difference, read.margin, actual)
 

@@ -215,7 +215,7 @@ def _data_facts(index: Index, split: str, measured: Measured) -> dict[str, Any]:
 
 def _settings_facts(settings: Settings, measured: Measured) -> dict[str, Any]:
     told = {one.name: getattr(settings, one.name) for one in fields(settings)}
-    del told["source"]
+    del told["source"], told["share"]  # which no number depends on
     return {
         **told,
         "preprocessing": settings.preprocessing.to_dict(),

@@ -5,8 +5,11 @@ Every image is measured once with each method; a row of numbers is kept for each
 the rows come the findings, see :mod:`diffsal.auditing.findings`, and the files that
 ``docs/audit.md`` documents."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from diffsal import __version__
 from diffsal.auditing.evidence import gather
@@ -16,6 +19,7 @@ from diffsal.auditing.settings import Settings
 from diffsal.data.index import Index
 from diffsal.models.checkpoints import LoadedModel
 from diffsal.system.locks import sole_writer
+from diffsal.system.processes import process_group
 
 
 def audit(
@@ -45,17 +49,23 @@ def audit(
             where there is none now.
 
     Returns:
-        The content of ``audit.json``.
+        The content of ``audit.json``. Of processes that share the work the first writes and tells;
+        the others' is empty.
 
     Raises:
         DiffsalError: no images, none that can be read, class names that do not fit a model's
             outputs or their order, a model that does not run on the images, files that are there
             already, another run that is writing to the folder.
     """
-    check_free(folder, overwrite)
-    with sole_writer(folder), logged(log_file(folder)):
-        LOG.info("audit of %s on %s by diffsal %s", loaded.path, index.source, __version__)
-        found = Audit(gather(index, loaded, settings, reference))
-        found.save(folder, overwrite)
-        LOG.info("written: %s", folder / "report.html")
+    alone = settings.share[1] == 1
+    with nullcontext(True) if alone else process_group(torch.device("cpu")) as is_first:
+        if not is_first:
+            gather(index, loaded, settings, reference)
+            return {}
+        check_free(folder, overwrite)
+        with sole_writer(folder), logged(log_file(folder)):
+            LOG.info("audit of %s on %s by diffsal %s", loaded.path, index.source, __version__)
+            found = Audit(gather(index, loaded, settings, reference))
+            found.save(folder, overwrite)
+            LOG.info("written: %s", folder / "report.html")
     return found.document

@@ -37,6 +37,8 @@ class Settings:
         batch_size: images, perturbed ones included, in one forward pass.
         seed: of the draws of images, of the bootstrap, and of whatever else is random.
         source: what brings samples to inputs and pictures.
+        share: this process's rank among those that share the slow work, and their number; more than
+            one are in a group of torch's.
 
     Example:
         >>> settings = Settings(Preprocessing(size=(64, 64)), torch.device("cpu"))
@@ -52,3 +54,4 @@ class Settings:
     batch_size: int = 64
     seed: int = 0
     source: Source = field(default=FILES, repr=False)
+    share: tuple[int, int] = (0, 1)

@@ -33,6 +33,7 @@ from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.maps.target_layers import in_copy
 from diffsal.models.checkpoints import LoadedModel
+from diffsal.system.processes import in_turns
 
 CURVE_STEPS = 10  # of insertion and deletion, whose mean areas 80 would change by 0.003
 _FINEST = 8  # cells to occlude along each axis: more would cost their square in forward passes
@@ -113,11 +114,15 @@ def _measure(
     positions: Sequence[int],
 ) -> None:
     samples = [measured.samples[position] for position in positions]
-    for batch in read_batches(samples, loaded, settings, test.name, []):
-        columns, curves = test.measure(batch, label_maps(loaded, batch))
-        measured.add_columns(batch.samples, columns)
+    own: list[tuple[list[Sample], Found]] = []
+    for batch in read_batches(samples, loaded, settings, test.name, [], settings.share):
+        found = test.measure(batch, label_maps(loaded, batch))
+        columns, curves = ({name: one.cpu() for name, one in part.items()} for part in found)
+        own.append((batch.samples, (columns, curves)))
+    for of, (columns, curves) in in_turns(own, settings.share[1]):
+        measured.add_columns(of, columns)
         for name, curve in curves.items():
-            measured.curves.setdefault(name, []).extend(curve.double().cpu().numpy())
+            measured.curves.setdefault(name, []).extend(curve.double().numpy())
 
 
 def _tests(measured: Measured, loaded: LoadedModel, settings: Settings) -> list[SlowTest]:

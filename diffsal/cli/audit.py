@@ -72,7 +72,8 @@ def audit(
     """Tell whether a model's heatmaps can be believed, in numbers and a page to send.
 
     INDEX is a CSV (path,label[,map][,subset][,group][,split]) or a folder of class folders. Writes
-    report.html, audit.json and per-image.csv, and audit.log on the way.
+    report.html, audit.json and per-image.csv, and audit.log on the way. `torchrun
+    --nproc-per-node N -m diffsal audit ...` shares the slow tests among processes.
     """
     from diffsal.auditing.progress import logged
     from diffsal.auditing.run import audit as run
@@ -81,8 +82,10 @@ def audit(
     from diffsal.models.checkpoints import load_model
     from diffsal.system.devices import choose_device
     from diffsal.system.files import check_writable, replacing
+    from diffsal.system.processes import process_rank
 
     check_writable(out)
+    share = process_rank()
     thresholds = [parse_threshold(text) for text in fail_on]
     loaded, preprocessing = options.load_with_preprocessing(**given)
     trusted = given["trust_arguments"]
@@ -98,11 +101,14 @@ def audit(
         occluders=occluder,
         batch_size=batch_size or usual_batch_size(device),
         seed=seed,
+        share=share,
     )
     labelled = options.labelled_index(index, maps, loaded, given)
-    quiet = nullcontext() if sys.stderr.isatty() else logged(logging.StreamHandler())
-    with quiet:
+    is_told = share[0] == 0 and not sys.stderr.isatty()
+    with logged(logging.StreamHandler()) if is_told else nullcontext():
         found = run(labelled, loaded, out, settings, other, overwrite)
+    if share[0] > 0:
+        return
     numbers = {one["name"]: one["mean"] for part in found["findings"] for one in part["numbers"]}
     options.warn_of_order(numbers.get("auroc"), loaded, labelled)
     if as_json:

@@ -87,8 +87,9 @@ def explain(
     """
     from diffsal.data.images import find_images
     from diffsal.explaining.explanations import MANIFEST, Outputs, Settings, explain_images
-    from diffsal.system.devices import choose_device, process_rank
+    from diffsal.system.devices import choose_device
     from diffsal.system.files import check_writable
+    from diffsal.system.processes import process_rank
 
     check_writable(out)
     images = find_images(paths, recursive)

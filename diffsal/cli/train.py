@@ -76,8 +76,8 @@ def train(
     the attributes of diffsal.training.config.TrainingConfig.
     """
     from diffsal.data.index import read_index
-    from diffsal.system.devices import process_rank
     from diffsal.system.files import check_writable
+    from diffsal.system.processes import process_rank
     from diffsal.training.config import TrainingConfig
     from diffsal.training.run import LOG
     from diffsal.training.run import train as run

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -40,9 +39,10 @@ from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.maps.weightings import Weighting
 from diffsal.models.checkpoints import LoadedModel
-from diffsal.system.devices import choose_device, process_rank, running
+from diffsal.system.devices import choose_device, running
 from diffsal.system.files import replacing, write_json
 from diffsal.system.locks import sole_writer
+from diffsal.system.processes import in_turns, process_group, process_rank
 
 MANIFEST = "manifest.json"
 _LONGEST_STEM = 220  # bytes
@@ -201,7 +201,9 @@ def explain_images(
     with sole_writer(folder) if rank == 0 else nullcontext():
         with _doing(settings.workers) as do:
             records = list(_explain_all(mine, loaded, folder, settings, do))
-        manifest = _manifest(_gathered(records, len(paths)), loaded, settings)
+        with process_group(torch.device("cpu")):
+            records = in_turns(records, world)
+        manifest = _manifest(records, loaded, settings)
         if rank == 0:
             write_json(folder / MANIFEST, manifest)
     return manifest
@@ -413,16 +415,3 @@ def _doing(workers: int) -> Iterator[Do]:
         yield lambda work, one: pool.submit(work, one).result
     finally:
         pool.shutdown(cancel_futures=True)  # after an interrupt, what was ahead is left
-
-
-def _gathered(records: list[Record], count: int) -> list[Record]:
-    """The records of all processes, in the order of the images."""
-    _, world = process_rank()
-    if world == 1:
-        return records
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    shares: list[list[Record]] = [[] for _ in range(world)]
-    dist.all_gather_object(shares, records)
-    dist.destroy_process_group()
-    return [shares[index % world][index // world] for index in range(count)]

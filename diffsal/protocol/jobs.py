@@ -26,9 +26,10 @@ from diffsal.protocol.configuration import JOBS_FOLDER, Job, Protocol, hash_of
 from diffsal.protocol.experiments import fool_job, train_job
 from diffsal.protocol.results import CONFIGURATION, FORMAT_VERSION, read_json
 from diffsal.protocol.scores import FOOLING
-from diffsal.system.devices import choose_device, process_rank
+from diffsal.system.devices import choose_device
 from diffsal.system.files import check_writable, write_json
 from diffsal.system.locks import remove_scratch
+from diffsal.system.processes import process_rank
 
 _CACHE = "cache"
 

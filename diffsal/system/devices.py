@@ -1,4 +1,4 @@
-"""Where tensors live, and which of several processes this one is."""
+"""Where tensors live."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffsal.errors import DiffsalError
-
-
-def process_rank() -> tuple[int, int]:
-    """This process's rank and the number of processes, as torchrun sets them; else (0, 1)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def choose_device(name: str = "auto") -> torch.device:

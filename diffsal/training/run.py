@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -25,9 +24,10 @@ from diffsal.maps.target_layers import find_target_layer, get_target_layer
 from diffsal.models.architectures import build_model, redraw_fresh_layers
 from diffsal.models.checkpoints import check_class_order, load_model, save_checkpoint
 from diffsal.models.fitting import fit_stem, input_channels
-from diffsal.system.devices import choose_device, process_rank
+from diffsal.system.devices import choose_device
 from diffsal.system.files import open_regular, replacing, writing
 from diffsal.system.locks import sole_writer
+from diffsal.system.processes import process_group
 from diffsal.training.config import TrainingConfig
 from diffsal.training.loop import Record, TrainingState, fit, is_best, predict
 
@@ -79,7 +79,7 @@ def train(
     for split in ("train", "val"):
         check_split(index, split, config.method)
     with (
-        _process_group(device) as is_first,
+        process_group(device) as is_first,
         sole_writer(out) if is_first else nullcontext(),
     ):
         identity = _identity(index, config)
@@ -200,22 +200,6 @@ def _begin(
         except Exception as error:  # a foreign state makes torch raise almost anything
             raise _damaged(path) from error
     return model, description, state
-
-
-@contextmanager
-def _process_group(device: torch.device) -> Iterator[bool]:
-    """Join the processes that torchrun started, if it did; yields whether this is the first."""
-    rank, world = process_rank()
-    if world == 1 or dist.is_initialized():  # by the caller, who also ends it
-        yield rank == 0
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield rank == 0
-    finally:
-        dist.destroy_process_group()
 
 
 def _check_outputs(

@@ -1,17 +1,24 @@
 """An audit's files: what is in them, and what becomes of those that were there."""
 
 import json
+import math
+import multiprocessing
+import os
+import socket
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from auditing.samples import NAMES, loaded_model, settings, write_index
+from hostile.runs import contents, differing
 
 import diffsal.auditing.measure
 import diffsal.auditing.result
 import diffsal.auditing.stress
-from diffsal.auditing import sampling
-from diffsal.auditing.composites import KINDS
+from diffsal.auditing import composites, sampling, slow
+from diffsal.auditing.composites import KINDS, PER_IMAGE
 from diffsal.auditing.rows import COLUMNS
 from diffsal.auditing.run import audit
 from diffsal.data.index import Index, Sample, read_index
@@ -43,6 +50,45 @@ def test_equal_runs_give_equal_files(audited, tmp_path, monkeypatch):
     assert again["findings"] == audited.result["findings"]
     rows = (tmp_path / "per-image.csv").read_bytes()
     assert rows == (audited.folder / "per-image.csv").read_bytes()
+
+
+def test_processes_share_an_audit_and_write_what_one_writes(tmp_path, monkeypatch, few_draws):
+    """This process and a fork, told what torchrun tells."""
+    index = read_index(write_index(tmp_path / "data", (4, 5), maps=False), classes=NAMES[:2])
+    loaded = loaded_model(tmp_path)
+    every = {"precision": 1e-6, "batch_size": 2}
+    audit(index, loaded, tmp_path / "alone", settings(**every))
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "RANK": "0"}
+        told["MASTER_PORT"] = str(free.getsockname()[1])
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    join = partial(torch.distributed.init_process_group, timeout=timedelta(minutes=2))
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    computed, road, margins = [], slow._road, composites.composite_margins
+    monkeypatch.setattr(slow, "_road", lambda *rest: computed.append(1) or road(*rest))
+    monkeypatch.setattr(
+        composites,
+        "composite_margins",
+        lambda *rest, **how: computed.append(2) or margins(*rest, **how),
+    )
+
+    def other():
+        os.environ["RANK"] = "1"
+        assert audit(index, loaded, tmp_path / "none", settings(share=(1, 2), **every)) == {}
+
+    process = multiprocessing.get_context("fork").Process(target=other)
+    process.start()
+    assert audit(index, loaded, tmp_path / "shared", settings(share=(0, 2), **every))["summary"]
+    process.join(60)
+    assert process.exitcode == 0
+    assert not (tmp_path / "none").exists()
+    batches = math.ceil(9 * PER_IMAGE / 2)
+    assert computed.count(1) == 1 + 2  # of 2 batches, and of 3
+    assert computed.count(2) == len(KINDS) * math.ceil(batches / 2)
+    assert not differing(tmp_path / "shared", contents(tmp_path / "alone"))
 
 
 def test_an_interrupted_audit_leaves_what_was_there(tmp_path, monkeypatch):
