@@ -32,7 +32,8 @@ from diffsal.auditing.stability import LEVELS, STEADY
 from diffsal.auditing.summary import compare, summarize
 from diffsal.data.index import Index
 from diffsal.errors import DiffsalError
-from diffsal.explaining.figures import as_figure, figure_pixels
+from diffsal.explaining.figures import figure_pixels
+from diffsal.explaining.matplotlib_figures import as_figure
 from diffsal.explaining.records import identity
 from diffsal.system.files import replacing, write_json
 from diffsal.system.spreadsheets import inert

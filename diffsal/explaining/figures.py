@@ -1,6 +1,5 @@
 """The picture of one explanation."""
 
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +8,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -38,9 +36,6 @@ from diffsal.maps.numbers import signed
 
 PANELS = ("true", "false", "difference", "evidence")
 """What is laid over the image: each class's map, the difference on its own scale and signed."""
-
-
-_DPI = 100
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,27 +115,6 @@ def save_overlays(folder: Path, stem: str, explanation: Explanation) -> list[Pat
 def save_figure(path: Path, explanation: Explanation) -> None:
     """Write what :func:`figure_pixels` draws as a PNG; equal input gives equal bytes."""
     save_png(path, figure_pixels(explanation))
-
-
-def as_figure(pixels: Pixels) -> Figure:
-    """A matplotlib figure of pixels (H, W, 3), one for one; pyplot knows nothing of it.
-
-    Example:
-        >>> as_figure(np.zeros((50, 80, 3), np.uint8)).get_size_inches().tolist()
-        [0.8, 0.5]
-    """
-    figure = _Shown((pixels.shape[1] / _DPI, pixels.shape[0] / _DPI), dpi=_DPI)
-    figure.figimage(pixels)
-    return figure
-
-
-class _Shown(Figure):
-    """A figure that notebooks show though pyplot, whose task that is, knows nothing of it."""
-
-    def _repr_png_(self) -> bytes:
-        file = io.BytesIO()
-        self.savefig(file, format="png")
-        return file.getvalue()
 
 
 def overlay_layers(explanation: Explanation) -> dict[str, Layer]:

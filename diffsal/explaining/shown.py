@@ -16,7 +16,8 @@ from PIL import Image
 from diffsal.data.forms import ImageLike, as_pixels
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
-from diffsal.explaining.figures import as_figure, figure_pixels
+from diffsal.explaining.figures import figure_pixels
+from diffsal.explaining.matplotlib_figures import as_figure
 from diffsal.explaining.overlays import SIGNED, Layer, Pixels, reduced
 from diffsal.explaining.records import NOT_FINITE, class_names, draft
 from diffsal.maps.contrast import NO_CLASS, class_count
