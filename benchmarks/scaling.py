@@ -1,4 +1,4 @@
-"""Where one process ends: `diffsal explain` on two, and its memory on ten times the images.
+"""Where one process ends: `explain` and `audit` on two, and memory on ten times the images.
 
     python benchmarks/scaling.py [--images 1000]
 
@@ -32,32 +32,54 @@ try:
 finally:
     print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 """
-EXPLAIN = ("explain", "images", "--model", "weights.pt", "--no-figure", "--overwrite")
+EXPLAIN = (
+    "explain",
+    "images",
+    "--recursive",
+    "--model",
+    "weights.pt",
+    "--no-figure",
+    "--overwrite",
+)
+AUDITED = 64
+AUDIT = (
+    *("audit", "images", "--model", "weights.pt", "--limit", str(AUDITED)),
+    *("--out", "audit", "--overwrite"),
+)
+CLASSES = ("intact", "worn")
 
 
 def write_images(folder: Path, images: int) -> None:
-    """Noise, and a model of it."""
-    folder.mkdir()
+    """Noise of two classes, and a model of it."""
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
     generator = np.random.default_rng(0)
     for number in range(images):
         pixels = generator.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png", compress_level=1)
+        Image.fromarray(pixels).save(
+            folder / CLASSES[number % 2] / f"{number}.png", compress_level=1
+        )
     torch.manual_seed(0)
     save_checkpoint(
         folder.parent / "weights.pt",
         resnet18(num_classes=2),
         architecture="torchvision:resnet18",
         arguments={"num_classes": 2},
-        classes=["intact", "worn"],
+        classes=CLASSES,
         preprocessing=Preprocessing(size=(SIZE, SIZE)),
     )
 
 
-def seconds(folder: Path, processes: int) -> float:
+def efficiency(folder: Path, command: Sequence[str]) -> float:
+    """Of two processes."""
+    return seconds(folder, 1, command) / (2 * seconds(folder, 2, command))
+
+
+def seconds(folder: Path, processes: int, command: Sequence[str]) -> float:
     """Of a whole run."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     start = time.perf_counter()
-    _run(folder, [*(launch if processes > 1 else []), "-m", "diffsal", *EXPLAIN])
+    _run(folder, [*(launch if processes > 1 else []), "-m", "diffsal", *command])
     return time.perf_counter() - start
 
 
@@ -78,12 +100,13 @@ def _run(folder: Path, arguments: Sequence[str]) -> str:
 
 def measure(images: int, rounds: int) -> Iterator[list[Row]]:
     """The efficiency of two processes, and the memory for ten times the images."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         write_images(folder / "images", images)
-        shares = [seconds(folder, 1) / (2 * seconds(folder, 2)) for _ in range(rounds)]
-        setting: dict[str, str | int] = {"images": images}
-        yield [row("scaling", "explain on two processes, efficiency", setting, shares)]
+        for title, command, count in (("explain", EXPLAIN, images), ("audit", AUDIT, AUDITED)):
+            shares = [efficiency(folder, command) for _ in range(rounds)]
+            name = f"{title} on two processes, efficiency"
+            yield [row("scaling", name, {"images": count}, shares)]
         small = peak(folder)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
