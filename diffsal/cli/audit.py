@@ -74,13 +74,13 @@ def audit(
     INDEX is a CSV (path,label[,map][,subset][,group][,split]) or a folder of class folders. Writes
     report.html, audit.json and per-image.csv, and audit.log on the way.
     """
-    from diffsal.auditing.progress import logged
     from diffsal.auditing.run import audit as run
     from diffsal.auditing.settings import Settings, usual_batch_size
     from diffsal.auditing.thresholds import failures, junit, parse_threshold
     from diffsal.models.checkpoints import load_model
     from diffsal.system.devices import choose_device
     from diffsal.system.files import check_writable, replacing
+    from diffsal.system.progress import logged
 
     check_writable(out)
     thresholds = [parse_threshold(text) for text in fail_on]

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from training.samples import TINY
 
 from diffsal.auditing import settings as auditing
-from diffsal.auditing.progress import is_ours
+from diffsal.auditing.log import is_ours
 from diffsal.auditing.run import audit
 from diffsal.cli.main import main
 from diffsal.data.index import Index, read_index
