@@ -29,7 +29,8 @@ from diffsal.data.index import Index, read_index
 from diffsal.demo import write_demo
 from diffsal.errors import DiffsalError
 from diffsal.explaining.explanations import Settings, explain_images
-from diffsal.fooling.attack import FINE_TUNING, fool
+from diffsal.fooling.attack import FINE_TUNING
+from diffsal.fooling.run import fool
 from diffsal.models.checkpoints import load_model
 from diffsal.protocol.formats import written
 from diffsal.protocol.statistics import Estimate, Table
