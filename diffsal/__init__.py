@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from diffsal.auditing.result import Audit as Audit
     from diffsal.errors import DiffsalError as DiffsalError
     from diffsal.explaining.explanations import explain_images as explain_images
+    from diffsal.fooling.in_memory import fool as fool
+    from diffsal.fooling.result import Fooled as Fooled
     from diffsal.maps.contrast import Contrast as Contrast
     from diffsal.maps.difference_cam import DifferenceCAM as DifferenceCAM
     from diffsal.maps.salience import capture as capture
@@ -44,6 +46,7 @@ _HOME = {
     "DifferenceCAM": "maps.difference_cam",
     "DifferenceSalienceLoss": "training.losses",
     "DiffsalError": "errors",
+    "Fooled": "fooling.result",
     "PerClassSalienceLoss": "training.losses",
     "SalienceMaps": "maps.salience_maps",
     "audit": "auditing.in_memory",
@@ -51,6 +54,7 @@ _HOME = {
     "explain": "maps.salience",
     "explain_images": "explaining.explanations",
     "find_target_layer": "maps.target_layers",
+    "fool": "fooling.in_memory",
     "load_model": "models.checkpoints",
     "normalize": "maps.salience_maps",
     "save_checkpoint": "models.checkpoints",

@@ -27,7 +27,8 @@ from diffsal.demo import ARCHITECTURE, ARGUMENTS, CLASSES, PREPROCESSING, digits
 from diffsal.faithfulness.composites import run_composites, skill_interval
 from diffsal.faithfulness.pasting import Regions
 from diffsal.faithfulness.perturbation import occlusion_drops, occlusion_faithfulness
-from diffsal.fooling.attack import FINE_TUNING, fool
+from diffsal.fooling.attack import FINE_TUNING
+from diffsal.fooling.run import fool
 from diffsal.fooling.targets import target_distance, target_map
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.training.loop import auroc

@@ -24,7 +24,8 @@ from diffsal.auditing.settings import Settings
 from diffsal.auditing.wording import sign
 from diffsal.data.index import read_index
 from diffsal.demo import ARCHITECTURE, ARGUMENTS, CLASSES, PREPROCESSING, digits, train_digits
-from diffsal.fooling.attack import FINE_TUNING, fool
+from diffsal.fooling.attack import FINE_TUNING
+from diffsal.fooling.run import fool
 from diffsal.system.files import write_json
 
 DATA = Path(__file__).parents[1] / "docs/results/false-alarms-digits.json"

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffsal.auditing.progress import stage
 from diffsal.auditing.settings import Settings
 from diffsal.data.index import Sample
 from diffsal.errors import DiffsalError
@@ -18,6 +17,7 @@ from diffsal.maps.modes import evaluated
 from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.models.checkpoints import LoadedModel
+from diffsal.system.progress import stage
 
 
 @dataclass(frozen=True)

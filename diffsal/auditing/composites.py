@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffsal.auditing.batches import read_batches
-from diffsal.auditing.progress import stage
 from diffsal.auditing.rows import Measured, Number, described, plain
 from diffsal.auditing.sampling import balanced_order
 from diffsal.auditing.settings import Settings
@@ -33,6 +32,7 @@ from diffsal.maps.contrast import class_count
 from diffsal.maps.salience import explain
 from diffsal.models.checkpoints import LoadedModel
 from diffsal.system.processes import in_turns
+from diffsal.system.progress import stage
 
 KINDS: dict[str, dict[str, Any]] = {
     "rectangles": {},

@@ -1,27 +1,23 @@
 """``diffsal.audit``: a model and a data set in memory, or their files, and an audit of them."""
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffsal.auditing.evidence import gather
-from diffsal.auditing.progress import Watch, watched
 from diffsal.auditing.result import Audit
 from diffsal.auditing.settings import Occluders, Settings, usual_batch_size
-from diffsal.data.index import Index, read_index
-from diffsal.data.oddities import oddities
 from diffsal.data.preprocessing import Preprocessing
-from diffsal.data.sources import FILES, Held, hold
+from diffsal.data.sources import FILES, hold_any
 from diffsal.errors import DiffsalError
-from diffsal.maps.target_layers import TargetLayer, get_target_layer, in_copy
 from diffsal.models.checkpoints import LoadedModel
+from diffsal.models.in_memory import as_loaded, copied
 from diffsal.system.devices import choose_device
+from diffsal.system.progress import Watch, watched
 
 
 def audit(
@@ -79,15 +75,14 @@ def audit(
         (12, True)
         >>> found.save("audited")  # doctest: +SKIP
     """
-    loaded = _as_loaded(model, target_layer)
-    other = None if reference is None else _as_loaded(reference, None)
-    preprocessing = preprocessing or loaded.preprocessing
-    names = classes or loaded.classes
-    held = _held(data, names, preprocessing)
-    for note in (
-        *held.index.notes,
-        *(oddities(held.index.samples) if held.source is FILES else ()),
-    ):
+    loaded = copied(as_loaded(model, target_layer))
+    other = None if reference is None else copied(as_loaded(reference))
+    held = hold_any(
+        data,
+        classes=classes or loaded.classes,
+        preprocessing=preprocessing or loaded.preprocessing,
+    )
+    for note in held.notes:
         warnings.warn(note, stacklevel=2)
     if held.source is not FILES and other is not None:
         other = _of_one_input(other, held.preprocessing)
@@ -104,51 +99,6 @@ def audit(
     )
     with watched(progress):
         return Audit(gather(held.index, loaded, settings, other))
-
-
-def _as_loaded(model: nn.Module | LoadedModel, layer: str | nn.Module | None) -> LoadedModel:
-    """A copy, with what files tell of models."""
-    if isinstance(model, LoadedModel):
-        own = copy.deepcopy(model.model)
-        known = _layer(model.model, layer) or model.layer
-        return replace(model, model=own, layer=known and in_copy(own, known))
-    if not isinstance(model, nn.Module):
-        raise DiffsalError(
-            f"the model is a {type(model).__name__}: pass an nn.Module, or what load_model gives"
-        )
-    bare = LoadedModel(
-        model=model,
-        architecture=type(model).__name__,
-        arguments={},
-        classes=None,
-        preprocessing=None,
-        layer=None,
-        path=Path(type(model).__name__),
-        sha256="",
-        notes=(),
-    )
-    return _as_loaded(bare, layer)
-
-
-def _layer(model: nn.Module, layer: str | nn.Module | None) -> TargetLayer | None:
-    if layer is None:
-        return None
-    if isinstance(layer, str):
-        return get_target_layer(model, layer)
-    name = next((name for name, module in model.named_modules() if module is layer), "")
-    if not name:
-        raise DiffsalError(f"the layer {type(layer).__name__} is none of the model's modules")
-    return get_target_layer(model, name)
-
-
-def _held(data: Any, names: Sequence[str] | None, preprocessing: Preprocessing | None) -> Held:
-    """The data with an index: of files, or of what is in memory."""
-    index = read_index(data, classes=names) if isinstance(data, str | Path) else data
-    if not isinstance(index, Index):
-        return hold(data, classes=names, preprocessing=preprocessing)
-    if preprocessing is None:
-        raise DiffsalError(f"{index.source}: pass preprocessing=, from images to the model's input")
-    return Held(index, FILES, preprocessing)
 
 
 def _of_one_input(other: LoadedModel, preprocessing: Preprocessing) -> LoadedModel:

@@ -22,8 +22,8 @@ from diffsal.auditing.gallery import (
     draw_kinds,
     explained,
 )
+from diffsal.auditing.log import LOG_NAME, is_ours
 from diffsal.auditing.parts import find_parts
-from diffsal.auditing.progress import LOG_NAME, is_ours
 from diffsal.auditing.report import render_report
 from diffsal.auditing.rows import COLUMNS, Measured, Number, Row
 from diffsal.auditing.settings import Settings

@@ -13,13 +13,14 @@ import torch
 
 from diffsal import __version__
 from diffsal.auditing.evidence import gather
-from diffsal.auditing.progress import LOG, log_file, logged
+from diffsal.auditing.log import log_file
 from diffsal.auditing.result import Audit, check_free
 from diffsal.auditing.settings import Settings
 from diffsal.data.index import Index
 from diffsal.models.checkpoints import LoadedModel
 from diffsal.system.locks import sole_writer
 from diffsal.system.processes import process_group
+from diffsal.system.progress import LOG, logged
 
 
 def audit(

@@ -75,7 +75,6 @@ def audit(
     report.html, audit.json and per-image.csv, and audit.log on the way. `torchrun
     --nproc-per-node N -m diffsal audit ...` shares the slow tests among processes.
     """
-    from diffsal.auditing.progress import logged
     from diffsal.auditing.run import audit as run
     from diffsal.auditing.settings import Settings, usual_batch_size
     from diffsal.auditing.thresholds import failures, junit, parse_threshold
@@ -83,6 +82,7 @@ def audit(
     from diffsal.system.devices import choose_device
     from diffsal.system.files import check_writable, replacing
     from diffsal.system.processes import process_rank
+    from diffsal.system.progress import logged
 
     check_writable(out)
     share = process_rank()

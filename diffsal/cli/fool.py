@@ -78,8 +78,9 @@ def fool(
     """
     from dataclasses import replace
 
-    from diffsal.fooling.attack import FINE_TUNING, as_table
-    from diffsal.fooling.attack import fool as run
+    from diffsal.fooling.attack import FINE_TUNING
+    from diffsal.fooling.result import as_table
+    from diffsal.fooling.run import fool as run
     from diffsal.system.files import check_writable
 
     check_writable(out.parent)

@@ -226,6 +226,28 @@ class ImageDataset(Dataset[Item]):
         return list(moved) if isinstance(moved, tuple | list) else [moved]
 
 
+class InputDataset(ImageDataset):
+    """Items whose images are a network's inputs already, and are never resized or augmented.
+
+    ``read`` gives (C, H, W) float32 in the place of pixels, and the map as elsewhere.
+
+    Example:
+        >>> read = lambda sample, preprocessing: (np.full((1, 2, 2), 0.5, np.float32), None)
+        >>> dataset = InputDataset([Sample(Path("image 0"), 1)], Preprocessing((2, 2)), read=read)
+        >>> dataset[0][0].flatten()
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
+    """
+
+    def pixels(self, key: int | tuple[int, int | None]) -> Item:
+        """As an item, which needs no normalising."""
+        position = key[0] if isinstance(key, tuple) else key
+        sample = self.samples[position]
+        values, given = self.read(sample, self.preprocessing)
+        image = torch.tensor(values)
+        human = torch.full(image.shape[1:], torch.nan) if given is None else torch.tensor(given)
+        return image, sample.label, human, position
+
+
 class Unnormalized(Dataset[Item]):
     """A data set's items with images (C, H, W) uint8: what they weigh between processes and on the
     way to a GPU is a quarter, and :meth:`Preprocessing.normalized` is for whole batches there.

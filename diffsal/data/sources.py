@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from diffsal.data.datasets import ImageDataset, Item, Pixels
+from diffsal.data.datasets import ImageDataset, InputDataset, Pixels, decode
 from diffsal.data.forms import as_pixels
 from diffsal.data.images import read_image
-from diffsal.data.index import Index, Sample, class_position
-from diffsal.data.oddities import oddities_in_memory
+from diffsal.data.index import Index, Sample, class_position, read_index
+from diffsal.data.oddities import oddities, oddities_in_memory
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 
@@ -35,8 +35,8 @@ _SLACK = 0.02  # by which pixels may leave [0, 1]: interpolation overshoots
 class Source(Protocol):
     """What brings samples to a network's inputs and to pictures."""
 
-    def items(self, samples: Sequence[Sample], preprocessing: Preprocessing) -> Dataset[Item]:
-        """Inputs, labels and human maps, as :class:`diffsal.data.datasets.ImageDataset`."""
+    def items(self, samples: Sequence[Sample], preprocessing: Preprocessing) -> ImageDataset:
+        """Inputs, labels and human maps."""
 
     def pixels(self, sample: Sample) -> NDArray[np.uint8]:
         """(H, W, 3): the image as it is shown."""
@@ -44,6 +44,9 @@ class Source(Protocol):
 
 class Files:
     """Images are files, and ``sample.path`` names them.
+
+    Args:
+        read: see :class:`diffsal.data.datasets.ImageDataset`.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -53,8 +56,11 @@ class Files:
         (2, 3, 3)
     """
 
-    def items(self, samples: Sequence[Sample], preprocessing: Preprocessing) -> Dataset[Item]:
-        return ImageDataset(samples, preprocessing)
+    def __init__(self, read: Callable[[Sample, Preprocessing], Pixels] = decode) -> None:
+        self._read = read
+
+    def items(self, samples: Sequence[Sample], preprocessing: Preprocessing) -> ImageDataset:
+        return ImageDataset(samples, preprocessing, read=self._read)
 
     def pixels(self, sample: Sample) -> NDArray[np.uint8]:
         return read_image(sample.path)
@@ -73,6 +79,12 @@ class Held:
     index: Index
     source: Source
     preprocessing: Preprocessing
+
+    @property
+    def notes(self) -> list[str]:
+        """What is odd about the data, or was passed over; one line each."""
+        of_files = oddities(self.index.samples) if self.source is FILES else []
+        return [*self.index.notes, *of_files]
 
 
 def hold(data: Any, *, classes: Sequence[str] | None, preprocessing: Preprocessing | None) -> Held:
@@ -142,6 +154,28 @@ def hold(data: Any, *, classes: Sequence[str] | None, preprocessing: Preprocessi
     source = _InMemory(items, tensors.shape, known)
     notes = oddities_in_memory([samples[position] for position in mapped], source.sizes)
     return Held(Index(Path(name), names, samples, tuple(notes)), source, known)
+
+
+def hold_any(
+    data: Any, *, classes: Sequence[str] | None, preprocessing: Preprocessing | None
+) -> Held:
+    """As :func:`hold`, and of an index or the path of one, too, whose images are files.
+
+    Raises:
+        DiffsalError: see there and :func:`diffsal.data.index.read_index`; an index without
+            ``preprocessing``.
+
+    Example:
+        >>> hold_any("where/nothing/is", classes=None, preprocessing=None)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        diffsal.errors.DiffsalError: where/nothing/is: ...
+    """
+    index = read_index(data, classes=classes) if isinstance(data, str | Path) else data
+    if not isinstance(index, Index):
+        return hold(data, classes=classes, preprocessing=preprocessing)
+    if preprocessing is None:
+        raise DiffsalError(f"{index.source}: pass preprocessing=, from images to the model's input")
+    return Held(index, FILES, preprocessing)
 
 
 class _Tensors:
@@ -222,9 +256,9 @@ class _InMemory:
         self._items, self._made = items, made
         self._are_tensors = shape is not None
 
-    def items(self, samples: Sequence[Sample], preprocessing: Preprocessing) -> Dataset[Item]:
+    def items(self, samples: Sequence[Sample], preprocessing: Preprocessing) -> ImageDataset:
         if self._are_tensors:
-            return _TensorDataset(self, samples)
+            return InputDataset(samples, preprocessing, read=self._read_input)
         return ImageDataset(samples, preprocessing, read=self._read)
 
     def pixels(self, sample: Sample) -> NDArray[np.uint8]:
@@ -249,24 +283,10 @@ class _InMemory:
             human = preprocessing.resized(_spanning(_human_map(given, sample), pixels.shape[:2]))
         return preprocessing.resized(pixels), human
 
-
-class _TensorDataset(Dataset[Item]):
-    """Items whose images are the network's inputs."""
-
-    def __init__(self, source: _InMemory, samples: Sequence[Sample]) -> None:
-        self._source, self._samples = source, samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, position: int) -> Item:
-        sample = self._samples[position]
-        image, _, given = self._source.parts(sample)
-        size = image.shape[1:]
-        human = torch.full(size, torch.nan)
-        if given is not None:
-            human = torch.from_numpy(_spanning(_human_map(given, sample), size))
-        return image.detach().float(), sample.label, human, position
+    def _read_input(self, sample: Sample, _: Preprocessing) -> Pixels:
+        image, _, given = self.parts(sample)
+        human = None if given is None else _spanning(_human_map(given, sample), image.shape[1:])
+        return image.detach().cpu().float().numpy(), human
 
 
 def _batches_apart(loader: Iterable[Any]) -> list[tuple[Any, ...]]:

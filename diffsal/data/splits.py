@@ -47,7 +47,7 @@ def hold_out(samples: Sequence[Sample], fraction: float, seed: int) -> list[Samp
     if least < share.denominator:
         raise DiffsalError(
             f"to hold out {fraction} of the samples takes {share.denominator} of each class and as "
-            f"many groups, and there are {least}; add samples, or name splits in the index"
+            f"many groups, and there are {least}; add samples, or name what is held out"
         )
     # Without groups both would do, but the one that knows them takes time squared.
     folds = (StratifiedKFold if groups is None else StratifiedGroupKFold)(

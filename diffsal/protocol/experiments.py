@@ -9,12 +9,12 @@ from torch import nn
 from diffsal.auditing.report import data_uri
 from diffsal.data.datasets import DecodedImages, ImageDataset
 from diffsal.data.index import Index
-from diffsal.fooling.attack import fool
+from diffsal.fooling.run import fool
 from diffsal.maps.target_layers import get_target_layer
 from diffsal.models.checkpoints import load_model, save_checkpoint
 from diffsal.protocol.configuration import Job
 from diffsal.protocol.measures import (
-    composite_skills,
+    composite_columns,
     maps_of,
     measured_columns,
     occluded_columns,
@@ -35,7 +35,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "knows composites": {"method": "trained", "objective": "composite"},
 }
 """The models of experiment (a) beside the honest one, and what makes them of it: arguments of
-:func:`diffsal.fooling.attack.fool`. The first is no attack but their control: the honest model,
+:func:`diffsal.fooling.run.fool`. The first is no attack but their control: the honest model,
 trained on for as long with cross-entropy alone."""
 
 
@@ -127,7 +127,7 @@ def fool_job(
             model, layer = loaded.model.to(choose_device(config.device)), loaded.target_layer
             models[name] = measured_columns(model, layer, test, config.batch_size, with_edges=True)
             models[name] |= occluded_columns(model, layer, test)
-            skills = composite_skills(model, layer, test, config.batch_size)
+            skills = composite_columns(model, layer, test, config.batch_size)
             models[name]["composite_skill"] = skills
             pictured = pictured or typical_samples(models[HONEST]["logits"], index)
             models[name]["maps"] = maps_of(model, layer, test, pictured)

@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 
 from diffsal.data.datasets import ImageDataset
 from diffsal.data.index import Index
-from diffsal.faithfulness.composites import run_composites
 from diffsal.faithfulness.input_level import smoothgrad, smoothgrad_agreement
 from diffsal.faithfulness.localisation import energy_inside, marked_share, pointing_game
 from diffsal.faithfulness.pasting import Regions
 from diffsal.faithfulness.perturbation import occlusion_drops, occlusion_faithfulness
+from diffsal.fooling.skill import composite_skills, spread
 from diffsal.fooling.targets import target_distance, target_map
 from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
@@ -24,8 +24,7 @@ from diffsal.maps.target_layers import TargetLayer
 Columns: TypeAlias = dict[str, list[Any]]
 """Measure to a value for each sample; ``None``: it has none."""
 _OCCLUDED = 40  # images; each costs a forward pass for every cell of its map
-_PASTED = 60  # images of each class, and what each receives of either kind, a forward pass each
-_PER_IMAGE = 4
+_PASTED = 60  # images of each class
 
 
 def measured_columns(
@@ -100,7 +99,7 @@ def occluded_columns(model: nn.Module, layer: TargetLayer, test: ImageDataset) -
     device = next(model.parameters()).device
     names = ("occlusion_true", "occlusion_difference", "smoothgrad_difference")
     columns = {name: torch.full((len(test),), torch.nan) for name in names}
-    for position in _spread(range(len(test)), _OCCLUDED):
+    for position in spread(range(len(test)), _OCCLUDED):
         image, label, _, _ = test[position]
         inputs, labels = image[None].to(device), torch.tensor([label]).to(device)
         maps = _explained(model, layer, inputs, labels)
@@ -117,68 +116,29 @@ def occluded_columns(model: nn.Module, layer: TargetLayer, test: ImageDataset) -
     return {name: _column(column) for name, column in columns.items()}
 
 
-def composite_skills(
+def composite_columns(
     model: nn.Module, layer: TargetLayer, test: ImageDataset, batch_size: int
 ) -> dict[str, float | None]:
-    """Composite skill of the difference map by kind of region, of some samples of each class.
-
-    All models that are given the same samples are asked about composites of the same images, and of
-    the same rectangles; see :func:`diffsal.faithfulness.composites.run_composites`.
+    """Composite skill by kind of region, see :func:`diffsal.fooling.skill.composite_skills`.
 
     Returns:
-        ``rectangles`` and ``marked``; ``None`` where the composites' margins tell nothing, and
-        where none can be made: of one image of a class, or a map of a single cell.
+        ``rectangles`` and ``marked``; ``None`` where it is undefined.
 
     Example:
-        Where each cell sees one pixel, maps foretell every composite:
+        Of one image there are no composites:
 
         >>> from pathlib import Path
         >>> from diffsal.data.index import Sample
         >>> from diffsal.data.preprocessing import Preprocessing
         >>> from diffsal.maps.target_layers import get_target_layer
-        >>> noise = np.random.default_rng(0).integers(0, 256, (4, 4, 4, 3), np.uint8)
-        >>> read = lambda sample, _: (noise[int(sample.path.name)], None)
-        >>> samples = [Sample(Path(str(number)), number % 2) for number in range(4)]
-        >>> test = ImageDataset(samples, Preprocessing(size=(4, 4)), read=read)
+        >>> test = ImageDataset([Sample(Path("a.png"), 0)], Preprocessing(size=(4, 4)))
         >>> model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AvgPool2d(4), nn.Flatten()).eval()
-        >>> found = composite_skills(model, get_target_layer(model, "0"), test, batch_size=2)
-        >>> {kind: round(skill, 3) for kind, skill in found.items()}
-        {'rectangles': 1.0, 'marked': 1.0}
+        >>> composite_columns(model, get_target_layer(model, "0"), test, batch_size=2)
+        {'rectangles': None, 'marked': None}
     """
     kinds: tuple[Regions, ...] = ("rectangles", "marked")
-    device = next(model.parameters()).device
-    labels = np.array([sample.label for sample in test.samples])
-    if np.bincount(labels, minlength=2).min() < 2:
-        return dict.fromkeys(kinds)
-    chosen = [
-        position
-        for label in (0, 1)
-        for position in _spread(np.flatnonzero(labels == label).tolist(), _PASTED)
-    ]
-    images = torch.stack([test[position][0] for position in chosen]).to(device)
-    maps = [
-        explain(model, part, true=1, false=0, target_layers=layer).to("cpu")
-        for part in images.split(batch_size)
-    ]
-    difference = torch.cat([one.difference for one in maps])
-    if difference[0].numel() < 2:
-        return dict.fromkeys(kinds)
-    margin = torch.cat([one.margin for one in maps])
-    of_chosen = torch.from_numpy(labels[chosen])
-    found = {
-        kind: run_composites(
-            model,
-            images,
-            difference,
-            margin,
-            of_chosen,
-            regions=kind,
-            per_image=_PER_IMAGE,
-            batch_size=batch_size,
-        ).skill
-        for kind in kinds
-    }
-    return dict(zip(found, _column(torch.tensor(list(found.values()))), strict=True))
+    found = composite_skills(model, layer, test, batch_size, kinds=kinds, of_each=_PASTED)
+    return dict(zip(kinds, _column(torch.tensor([found[kind] for kind in kinds])), strict=True))
 
 
 def typical_samples(logits: Sequence[Sequence[float]], index: Index) -> list[int]:
@@ -225,13 +185,6 @@ def maps_of(
     images, labels, _, _ = zip(*(test[position] for position in chosen), strict=True)
     maps = _explained(model, layer, torch.stack(images), torch.tensor(labels))
     return {name: _column(getattr(maps, name)) for name in ("true", "false", "difference")}
-
-
-def _spread(positions: Sequence[int], most: int) -> list[int]:
-    """At most so many of them, evenly spaced, both ends included."""
-    count = min(most, len(positions))
-    places = np.linspace(0, len(positions) - 1, count).astype(int)
-    return [positions[place] for place in places]
 
 
 def _explained(

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from diffsal.auditing import progress
-from diffsal.auditing.progress import LOG, log_file, logged, stage
+from diffsal.auditing.log import log_file
+from diffsal.system import progress
+from diffsal.system.progress import LOG, logged, stage
 
 LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 

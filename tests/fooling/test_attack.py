@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from diffsal.data.index import Index, Sample, read_index
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.demo import ARCHITECTURE, ARGUMENTS, CLASSES, digits, train_digits
 from diffsal.faithfulness.composites import run_composites
-from diffsal.fooling.attack import FINE_TUNING, as_table, fine_tuned, fool
+from diffsal.fooling.attack import FINE_TUNING, fine_tuned
 from diffsal.fooling.consistency import (
     composite_inconsistency,
     every_test_failed,
@@ -25,6 +26,8 @@ from diffsal.fooling.consistency import (
     inconsistency_whatever_the_seams,
 )
 from diffsal.fooling.objectives import TESTS
+from diffsal.fooling.result import as_table
+from diffsal.fooling.run import fool
 from diffsal.fooling.targets import target_distance, target_map
 from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
@@ -83,6 +86,24 @@ def held_out_maps(weights: Path) -> SalienceMaps:
     return explain(load_model(weights).model, inputs, labels)
 
 
+def skill_of(weights: Path) -> float:
+    """Of 30 held-out images of each class, evenly spaced, and four composites of each."""
+    inputs, labels = digits()[1].tensors()
+    chosen = torch.cat(
+        [
+            (positions := (labels == label).nonzero()[:, 0])[
+                np.linspace(0, len(positions) - 1, 30).astype(int)
+            ]
+            for label in (0, 1)
+        ]
+    )
+    model, images = load_model(weights).model, inputs[chosen]
+    maps = explain(model, images, true=1, false=0)
+    return run_composites(
+        model, images, maps.difference, maps.margin, labels[chosen], per_image=4
+    ).skill
+
+
 def distance(maps: Tensor) -> float:
     return target_distance(maps, frame(*GRID)).mean().item()
 
@@ -100,7 +121,8 @@ def test_head_shift_fools_the_digits_within_bounds(folder: Path, index: Index) -
     assert report["images"] == 119
     assert report["agreement"] == 1
     assert report["largest_probability_change"] == pytest.approx(change.item(), abs=1e-6)
-    for key, maps in (("honest", honest), ("fooled", fooled)):
+    found = (("honest", honest, "honest.pt"), ("fooled", fooled, "shift.pt"))
+    for key, maps, weights in found:
         probability = maps.logits.softmax(1)[:, 1]
         labels = maps.true_class
         wanted = {
@@ -110,6 +132,7 @@ def test_head_shift_fools_the_digits_within_bounds(folder: Path, index: Index) -
             "false": distance(maps.false),
             "difference": distance(maps.difference),
             "common_mode_share": maps.common_mode_share.mean().item(),
+            "composite_skill": skill_of(folder / weights),
         }
         assert report[key] == pytest.approx(wanted, rel=1e-4)
 
@@ -265,10 +288,12 @@ def test_the_table_shows_both_models(folder: Path) -> None:
     }
     for number, key in enumerate(("honest", "fooled")):
         report[key] |= {"true": 0.1 + number, "false": 0.2, "difference": 0.3}
+        report[key] |= {"composite_skill": None if number else 0.25}
     lines = {line[:34].strip(): line[34:].split() for line in as_table(report).splitlines()}
     assert lines["AUROC"] == ["0.9000", "0.7000"]
     assert lines["common-mode share"] == ["-", "-"]
     assert lines["true map, target distance"] == ["0.1000", "1.1000"]
+    assert lines["difference map, composite skill"] == ["0.2500", "-"]
     assert lines["largest change of a probability"] == ["3e-07"]
 
 

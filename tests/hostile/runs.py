@@ -31,7 +31,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         *("torch", "torch._dynamo", "matplotlib.pyplot", "pytorch_grad_cam", "scipy.stats"),
-        *("diffsal.auditing.run", "diffsal.explaining.explanations", "diffsal.fooling.attack"),
+        *("diffsal.auditing.run", "diffsal.explaining.explanations", "diffsal.fooling.run"),
         *("diffsal.protocol.jobs", "diffsal.protocol.results", "diffsal.training.run"),
         *("hostile.runs", "PIL.PngImagePlugin"),
     ]

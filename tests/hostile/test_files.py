@@ -22,14 +22,15 @@ from click.testing import CliRunner
 from training.samples import TINY
 
 from diffsal.auditing import settings as auditing
-from diffsal.auditing.progress import is_ours
+from diffsal.auditing.log import is_ours
 from diffsal.auditing.run import audit
 from diffsal.cli.main import main
 from diffsal.data.index import Index, read_index
 from diffsal.demo import write_demo
 from diffsal.errors import DiffsalError
 from diffsal.explaining.explanations import Settings, explain_images
-from diffsal.fooling.attack import FINE_TUNING, fool
+from diffsal.fooling.attack import FINE_TUNING
+from diffsal.fooling.run import fool
 from diffsal.models.checkpoints import load_model
 from diffsal.protocol.formats import written
 from diffsal.protocol.statistics import Estimate, Table

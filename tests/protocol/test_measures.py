@@ -20,7 +20,7 @@ from diffsal.maps.salience import explain
 from diffsal.maps.target_layers import find_target_layer, get_target_layer
 from diffsal.protocol.configuration import Job
 from diffsal.protocol.experiments import ATTACKS
-from diffsal.protocol.measures import composite_skills
+from diffsal.protocol.measures import composite_columns
 from diffsal.training.loop import fit
 from diffsal.training.losses import ContrastSalienceLoss
 from diffsal.training.run import new_model, training_set
@@ -133,7 +133,7 @@ def test_composites_are_of_a_bounded_number_of_images():
     def skills(labels):
         samples = [Sample(Path(str(n)), label) for n, label in enumerate(labels)]
         test = ImageDataset(samples, Preprocessing(size=(2, 2)), read=read)
-        return composite_skills(model, layer, test, batch_size=32)
+        return composite_columns(model, layer, test, batch_size=32)
 
     def read(sample, _):
         asked.append(int(sample.path.name))

@@ -1,21 +1,15 @@
-"""How far an audit is: bars for who watches, lines in ``audit.log`` for who does not."""
+"""How far long work is: bars for who watches, lines in a log for who does not."""
 
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TypeAlias
 
 from tqdm import tqdm
 
-from diffsal.errors import DiffsalError
-from diffsal.system.files import open_regular, writing
-
-LOG = logging.getLogger("diffsal.auditing")
-LOG_NAME = "audit.log"
+LOG = logging.getLogger("diffsal")
 _FORM = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
 _EVERY = 60.0  # seconds between lines
 Watch: TypeAlias = Callable[[str, int, int], None]
@@ -59,36 +53,6 @@ def logged(handler: logging.Handler) -> Iterator[None]:
         LOG.setLevel(level)
         LOG.removeHandler(handler)
         handler.close()
-
-
-def log_file(folder: Path) -> logging.Handler:
-    """:data:`LOG_NAME` in a folder that is made where it is not there; what was in it is lost."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        return _LogFile(folder / LOG_NAME, mode="w", encoding="utf-8")
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a log is an earlier audit's, or empty: nothing else may be lost.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "audit.log").write_text("May 3: the auditors came")
-        ...     is_ours(Path(folder, "audit.log"))
-        False
-    """
-    try:
-        with open_regular(path) as file:
-            start = file.read(60).decode("utf-8", "replace")
-    except (OSError, DiffsalError):
-        return False
-    return not start or re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d audit of ", start) is not None
-
-
-class _LogFile(logging.FileHandler):
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Say nothing: a full disk is told of what matters more, the report."""
 
 
 @contextmanager
