@@ -1,7 +1,7 @@
 """Which images the report shows, and their pictures."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,16 @@ from PIL import Image
 from scipy import stats
 
 from diffsal.auditing.evidence import Evidence
-from diffsal.auditing.report import LARGEST, data_uri
-from diffsal.auditing.rows import Measured
+from diffsal.auditing.report import LARGEST, data_uri, thumbnail
+from diffsal.auditing.rows import Measured, Row
 from diffsal.auditing.settings import Settings
+from diffsal.auditing.wording import written
 from diffsal.data.index import Sample
+from diffsal.errors import DiffsalError
 from diffsal.explaining.figures import Explanation, overlay_layers
 from diffsal.explaining.overlays import SIGNED, Layer, Map, Pixels
 from diffsal.explaining.records import class_names, draft
+from diffsal.explaining.sheets import PictureRow
 from diffsal.maps.contrast import class_count
 from diffsal.maps.salience import explain
 from diffsal.models.checkpoints import LoadedModel
@@ -93,13 +96,7 @@ def draw_gallery(
 
     def draw(model: LoadedModel, positions: Sequence[int]) -> list[dict[str, Any]]:
         return [
-            measured.rows[position]
-            | _pictures(
-                measured.samples[position],
-                model,
-                evidence.settings,
-                measured.samples[position].label,
-            )
+            measured.rows[position] | _as_uris(_panels(position, model, evidence))
             for position in positions
         ]
 
@@ -118,21 +115,33 @@ def draw_kinds(evidence: Evidence) -> list[dict[str, Any]]:
     Args:
         evidence: what the kinds were found in.
     """
+    return [
+        one
+        | {
+            "mean": data_uri(mean),
+            "examples": [row | {"picture": data_uri(drawn)} for row, drawn in examples],
+        }
+        for one, mean, examples in _drawn_kinds(evidence)
+    ]
+
+
+def _drawn_kinds(
+    evidence: Evidence,
+) -> Iterator[tuple[dict[str, Any], Pixels, list[tuple[Row, Pixels]]]]:
+    """Each kind, its mean map, and rows and pictures of the images nearest to that."""
     kinds, measured, settings = evidence.kinds, evidence.measured, evidence.settings
     if isinstance(kinds, str):
-        return []
+        return
     largest = max((np.abs(one["map"]).max() for one in kinds.each), default=0.0)
-    drawn = []
     for one in kinds.each:
         examples = []
         for position in one["examples"]:
-            row, sample = measured.rows[position], measured.samples[position]
+            row = measured.rows[position]
             predicted = measured.names.index(row["predicted"])
-            drawings = _pictures(sample, evidence.loaded, settings, predicted)
-            examples.append(row | {"picture": drawings["evidence"]})
+            drawn = _panels(position, evidence.loaded, evidence, predicted)["evidence"]
+            examples.append((row, drawn))
         mean = _cells(np.array(one["map"], np.float32), largest, settings.preprocessing.size)
-        drawn.append(one | {"mean": data_uri(mean), "examples": examples})
-    return drawn
+        yield one, mean, examples
 
 
 def _cells(values: Map, largest: float, size: tuple[int, int]) -> Pixels:
@@ -154,12 +163,83 @@ def draw_composites(evidence: Evidence) -> list[dict[str, Any]]:
     ]
 
 
-def _pictures(sample: Sample, loaded: LoadedModel, settings: Settings, true: int) -> dict[str, str]:
-    """The image and its maps of a class as data URIs."""
-    explanation = explained(sample, loaded, settings, true)
+def picture_rows(
+    name: str, gallery: list[dict[str, Any]], evidence: Evidence
+) -> list[PictureRow] | None:
+    """What the report shows under a name, as rows of pictures; ``None``: there is no such name.
+
+    Args:
+        name: ``composites``, ``kinds``, or the ``id`` of a group of the gallery.
+        gallery: of :func:`choose_gallery`.
+        evidence: what it was chosen from.
+
+    Raises:
+        DiffsalError: there is nothing to show, and why.
+    """
+    if name == "composites":
+        return _composite_rows(evidence)
+    if name == "kinds":
+        return _kind_rows(evidence)
+    group = next((group for group in gallery if group["id"] == name), None)
+    if group is None:
+        return None
+    if not group["images"]:
+        raise DiffsalError(f"{name}: no image is of this kind; see the table")
+    return [
+        (
+            _named(evidence.measured.rows[position]),
+            list(_panels(position, evidence.loaded, evidence).items()),
+        )
+        for position in group["images"]
+    ]
+
+
+def _composite_rows(evidence: Evidence) -> list[PictureRow]:
+    test = evidence.composites
+    if isinstance(test, str):
+        raise DiffsalError(f"composites: the test could not be run: {test}")
+    return [
+        (
+            f"{one['donor']} in {one['receiver']}: foretold {written(one['predicted'])}, the model "
+            f"says {written(one['actual'])} logits",
+            list(zip(("the image", "the donor", "the composite"), one["pixels"], strict=True)),
+        )
+        for one in test.pictures
+    ]
+
+
+def _kind_rows(evidence: Evidence) -> list[PictureRow]:
+    if isinstance(evidence.kinds, str):
+        raise DiffsalError(f"kinds: there are none to tell: {evidence.kinds}")
+    if not evidence.kinds.each:
+        raise DiffsalError("kinds: none are distinct, the maps vary without falling into groups")
+    return [
+        (
+            f"Kind {number}: {one['images']} images",
+            [("mean map", mean), *((_named(row), drawn) for row, drawn in examples)],
+        )
+        for number, (one, mean, examples) in enumerate(_drawn_kinds(evidence), 1)
+    ]
+
+
+def _named(row: Row) -> str:
+    return f"{row['path']}, label {row['label']}, predicted {row['predicted']}"
+
+
+def _as_uris(panels: dict[str, Pixels]) -> dict[str, str]:
+    return {panel: data_uri(pixels) for panel, pixels in panels.items()}
+
+
+def _panels(
+    position: int, loaded: LoadedModel, evidence: Evidence, true: int | None = None
+) -> dict[str, Pixels]:
+    """Thumbnails of an image and of its maps of a class; ``None``: of its label."""
+    sample = evidence.measured.samples[position]
+    of_class = sample.label if true is None else true
+    explanation = explained(sample, loaded, evidence.settings, of_class)
     panels = overlay_layers(explanation).items()
-    return {"input": data_uri(explanation.image)} | {
-        panel: data_uri(layer.over(explanation.image)) for panel, layer in panels
+    return {"input": thumbnail(explanation.image)} | {
+        panel: thumbnail(layer.over(explanation.image)) for panel, layer in panels
     }
 
 

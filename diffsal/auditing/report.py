@@ -75,12 +75,22 @@ def render_report(
     )
 
 
-def data_uri(pixels: NDArray[np.uint8]) -> str:
-    """An image (H, W, 3) as a data URI, no larger than a report needs."""
+def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An image (H, W, 3), no larger than a report needs.
+
+    Example:
+        >>> thumbnail(np.zeros((448, 224, 3), np.uint8)).shape
+        (224, 112, 3)
+    """
     image = Image.fromarray(pixels)
     image.thumbnail((LARGEST, LARGEST))
+    return np.asarray(image)
+
+
+def data_uri(pixels: NDArray[np.uint8]) -> str:
+    """The thumbnail of an image (H, W, 3) as a data URI."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    Image.fromarray(thumbnail(pixels)).save(buffer, format="PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -21,6 +21,7 @@ from diffsal.auditing.gallery import (
     draw_gallery,
     draw_kinds,
     explained,
+    picture_rows,
 )
 from diffsal.auditing.log import LOG_NAME, is_ours
 from diffsal.auditing.parts import find_parts
@@ -35,6 +36,7 @@ from diffsal.errors import DiffsalError
 from diffsal.explaining.figures import figure_pixels
 from diffsal.explaining.matplotlib_figures import as_figure
 from diffsal.explaining.records import identity
+from diffsal.explaining.sheets import sheet
 from diffsal.system.files import replacing, write_json
 from diffsal.system.spreadsheets import inert
 
@@ -86,20 +88,30 @@ class Audit:
         return DataFrame(rows)
 
     def figure(self, name: str) -> Any:
-        """The matplotlib figure that `diffsal explain` would draw of an audited image's label.
+        """A matplotlib figure of what the report shows, or of one image.
 
         Args:
-            name: of the image, as in the column ``path``.
+            name: ``composites``, ``kinds`` (of evidence), or ``typical``, ``common-mode``,
+                ``unfaithful`` and ``wrong``, the groups of images; or an image, as in the column
+                ``path``, of whose label it is what `diffsal explain` would draw.
 
         Raises:
-            DiffsalError: no such image was audited.
+            DiffsalError: no such figure, and no such image was audited; a figure of which there is
+                nothing to show.
         """
+        rows = picture_rows(name, self._gallery, self.evidence)
+        if rows is not None:
+            return sheet(rows)
         for sample in self.evidence.measured.samples:
             if str(sample.path) == name:
                 names = self.evidence.measured.names
                 told = self.evidence.loaded, self.evidence.settings, sample.label, names
                 return as_figure(figure_pixels(explained(sample, *told)))
-        raise DiffsalError(f"{name}: no such image was audited; see the table's column path")
+        known = ", ".join(["composites", "kinds", *(group["id"] for group in self._gallery)])
+        raise DiffsalError(
+            f"{name}: no such image was audited (see the table's column path), and no figure is "
+            f"called so; there are: {known}"
+        )
 
     def page(self) -> str:
         """``report.html``, which stands alone."""

@@ -16,12 +16,12 @@ def as_figure(pixels: NDArray[np.uint8]) -> Figure:
         >>> as_figure(np.zeros((50, 80, 3), np.uint8)).get_size_inches().tolist()
         [0.8, 0.5]
     """
-    figure = _Shown((pixels.shape[1] / _DPI, pixels.shape[0] / _DPI), dpi=_DPI)
+    figure = ShownFigure((pixels.shape[1] / _DPI, pixels.shape[0] / _DPI), dpi=_DPI)
     figure.figimage(pixels)
     return figure
 
 
-class _Shown(Figure):
+class ShownFigure(Figure):
     """A figure that notebooks show though pyplot, whose task that is, knows nothing of it."""
 
     def _repr_png_(self) -> bytes:

@@ -2,6 +2,8 @@
 
 import copy
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,6 +156,45 @@ def test_what_is_found_is_at_hand(files, tmp_path):
     figure.savefig(tmp_path / "figure.png")
     assert Image.open(tmp_path / "figure.png").size[0] > 1000
     assert "<li>" in found._repr_html_()
+
+
+def test_figures_of_the_report_are_at_hand(files, refused):
+    _, found = files
+    for name, per_row in {"composites": 3, "typical": 5, "common-mode": 5}.items():
+        figure = found.figure(name)
+        assert {len(part.axes) for part in figure.subfigs} == {per_row}
+    shown = [one for group in found.document["gallery"] for one in group["images"]]
+    titles = [part.get_suptitle() for part in found.figure("typical").subfigs]
+    assert [title.partition(", label")[0] for title in titles] == shown[: len(titles)]
+    first = found.evidence.composites.pictures[0]
+    drawn = found.figure("composites").subfigs[0].axes
+    for axes, pixels in zip(drawn, first["pixels"], strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), pixels)
+    kinds = (
+        {"map": np.eye(4) - 0.5, "images": 5, "examples": [0, 3]},
+        {
+            "map": -np.eye(4),
+            "images": 3,
+            "examples": [1],
+        },
+    )
+    told = replace(found.evidence, kinds=SimpleNamespace(each=list(kinds)))
+    parts = diffsal.Audit(told).figure("kinds").subfigs
+    assert [part.get_suptitle() for part in parts] == ["Kind 1: 5 images", "Kind 2: 3 images"]
+    captions = [axes.get_title().replace("\n", "") for part in parts for axes in part.axes]
+    paths = [found.evidence.measured.rows[image]["path"] for image in (0, 3, 1)]
+    assert captions[0] == captions[3] == "mean map"
+    assert [one.partition(", label")[0] for one in captions[1:3] + captions[4:]] == [
+        path[-200:] for path in paths
+    ]
+    for kinds, why in (
+        ("too few", "none to tell: too few"),
+        (SimpleNamespace(each=[]), "none are"),
+    ):
+        with refused(f"kinds: .*{why}"):
+            diffsal.Audit(replace(found.evidence, kinds=kinds)).figure("kinds")
+    with refused("there are: composites, kinds, typical, common-mode, unfaithful, wrong"):
+        found.figure("histograms")
 
 
 def test_the_table_is_pandas_where_it_is_installed(files):
