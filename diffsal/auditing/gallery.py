@@ -28,6 +28,7 @@ from diffsal.system.devices import running
 _SHOWN = 3  # images of each group, and pairs of the stress test
 _OF_EACH_CLASS = 2  # of the same, where there are few classes
 _FEW = 3
+_CAPTIONS = {"true": "class map", "false": "other class"}
 _GROUPS = (  # id, title, why
     (
         "typical",
@@ -188,7 +189,10 @@ def picture_rows(
     return [
         (
             _named(evidence.measured.rows[position]),
-            list(_panels(position, evidence.loaded, evidence).items()),
+            [
+                (_CAPTIONS.get(panel, panel), pixels)
+                for panel, pixels in _panels(position, evidence.loaded, evidence).items()
+            ],
         )
         for position in group["images"]
     ]
