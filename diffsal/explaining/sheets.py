@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from matplotlib.figure import Figure
 
-from diffsal.explaining.matplotlib_figures import ShownFigure
+from diffsal.explaining.matplotlib_figures import empty_figure
 from diffsal.explaining.overlays import Pixels
 from diffsal.explaining.typography import drawable
 
@@ -30,8 +30,8 @@ def sheet(rows: Sequence[PictureRow]) -> Figure:
         [['a', 'b'], ['c']]
     """
     columns = max(len(pictures) for _, pictures in rows)
-    size = _SIDE * max(columns, 3), (_SIDE + 0.5) * len(rows)
-    figure = ShownFigure(size, dpi=100, layout="constrained")
+    figure = empty_figure(_SIDE * max(columns, 3), (_SIDE + 0.5) * len(rows))
+    figure.set_layout_engine("constrained")
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for part, (title, pictures) in zip(parts, rows, strict=True):
         part.suptitle(drawable(title), fontsize=10, parse_math=False)
