@@ -288,7 +288,7 @@ def filled(text: str, data: Mapping[str, Any]) -> str:
         ),
         "imitated": _table(
             ("model", "whole image", "frame alone", "centre alone"),
-            [_imitated(seeds, name) for name in IMITATED],
+            [_imitated(found, name) for name in IMITATED if (found := _imitations(seeds, name))],
         ),
         "alarms": _table(
             ("model", *(f"{measure} < {least}" for measure, least in THRESHOLDS)),
@@ -340,8 +340,11 @@ def _alarms(seeds: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     return [name, *(f"{count} of {len(seeds)}" for count in counts)]
 
 
-def _imitated(seeds: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    found = [one[name] for one in seeds if "from_whole" in one.get(name, {})]
+def _imitations(seeds: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, float]]:
+    return [one[name] for one in seeds if "from_whole" in one.get(name, {})]
+
+
+def _imitated(found: Sequence[Mapping[str, float]], name: str) -> list[str]:
     parts = ([one[f"from_{part}"] for one in found] for part in ("whole", "frame", "centre"))
     return [
         f"{name} ({len(found)} seeds)",

@@ -1,7 +1,13 @@
 """What several test modules share: small networks, torchvision's classifiers, the slow tests."""
 
+import multiprocessing
+import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +50,35 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[Any]]:
+    """``with beside(work):`` runs it as the second of two processes, a fork, told what torchrun
+    tells; this one is the first."""
+
+    @contextmanager
+    def started(work: Callable[[], object]) -> Iterator[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "RANK": "0"}
+            told["MASTER_PORT"] = str(free.getsockname()[1])
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        join = partial(torch.distributed.init_process_group, timeout=timedelta(minutes=2))
+        monkeypatch.setattr(torch.distributed, "init_process_group", join)
+
+        def other() -> None:
+            os.environ["RANK"] = "1"
+            work()
+
+        process = multiprocessing.get_context("fork").Process(target=other)
+        process.start()
+        yield process
+        process.join(60)
+        assert process.exitcode is not None
+
+    return started
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from diffsal.faithfulness.statistics import Interval
 from diffsal.maps.contrast import class_count
 from diffsal.maps.salience import explain
 from diffsal.models.checkpoints import LoadedModel
-from diffsal.system.processes import in_turns
+from diffsal.system.processes import ApartError, in_turns
 from diffsal.system.progress import stage
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -135,6 +135,8 @@ def composite_test(
     try:
         read = _read(_drawn(measured, settings.seed), loaded, settings)
         found = {kind: _run(kind, read, loaded.model, settings) for kind in KINDS}
+    except ApartError:
+        raise
     except DiffsalError as error:
         return str(error)
     first = found["rectangles"]
@@ -193,12 +195,14 @@ def _run(kind: str, read: _Images, model: nn.Module, settings: Settings) -> Comp
     )
     with stage(f"composites, {kind}", len(read.samples)) as advance:
         rank, processes = settings.share
+        # The first process's: of other maps, by rounding, other cells may be marked.
+        (plan,) = in_turns([plan] if rank == 0 else [], processes, f"composites, {kind}: plan")
         step = settings.batch_size
         own = [
             composite_margins(model, read.inputs, plan[start : start + step], batch_size=step)
             for start in range(rank * step, len(plan), processes * step)
         ]
-        actual = torch.cat(in_turns(own, processes))
+        actual = torch.cat(in_turns(own, processes, f"composites, {kind}"))
         advance(len(read.samples))
     return compare(plan, read.difference, read.margin, actual)
 

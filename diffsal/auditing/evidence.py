@@ -15,6 +15,7 @@ from diffsal.data.index import Index, Sample
 from diffsal.errors import DiffsalError
 from diffsal.models.checkpoints import LoadedModel, check_class_order
 from diffsal.system.devices import running
+from diffsal.system.processes import check_alike
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def gather(
             check_class_order(model, index.classes, index.source)
     samples, split = _chosen(index, settings)
     measured = measure_samples(samples, index, loaded, settings, "audit")
+    _check_alike(measured, settings)
     with running(settings.device, settings.preprocessing.size, settings.batch_size):
         measure_slowly(measured, loaded, settings)
         composites = composite_test(measured, loaded, settings)
@@ -73,6 +75,7 @@ def gather(
         own = reference.preprocessing or replace(settings.preprocessing, channels=3)
         likewise = replace(settings, preprocessing=own)
         other = measure_samples(samples, index, reference, likewise, "reference")
+        _check_alike(other, settings)
         with running(settings.device, own.size, settings.batch_size):
             measure_likewise(other, measured, reference, likewise)
             other_composites = composite_test(other, reference, likewise)
@@ -91,6 +94,12 @@ def gather(
         fooled,
         obstacle,
     )
+
+
+def _check_alike(measured: Measured, settings: Settings) -> None:
+    """Of which images tests draw, in processes that share them."""
+    seen = [(str(sample.path), sample.label) for sample in measured.samples]
+    check_alike(seen, settings.share[1], "images that could be read and explained")
 
 
 def _chosen(index: Index, settings: Settings) -> tuple[list[Sample], str]:

@@ -79,7 +79,8 @@ def audit(
     other = None if reference is None else copied(as_loaded(reference))
     held = hold_any(
         data,
-        classes=classes or loaded.classes,
+        classes=classes,
+        known=loaded.classes,
         preprocessing=preprocessing or loaded.preprocessing,
     )
     for note in held.notes:

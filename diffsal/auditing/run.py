@@ -58,12 +58,12 @@ def audit(
             outputs or their order, a model that does not run on the images, files that are there
             already, another run that is writing to the folder.
     """
+    check_free(folder, overwrite)
     alone = settings.share[1] == 1
     with nullcontext(True) if alone else process_group(torch.device("cpu")) as is_first:
         if not is_first:
             gather(index, loaded, settings, reference)
             return {}
-        check_free(folder, overwrite)
         with sole_writer(folder), logged(log_file(folder)):
             LOG.info("audit of %s on %s by diffsal %s", loaded.path, index.source, __version__)
             found = Audit(gather(index, loaded, settings, reference))

@@ -119,7 +119,7 @@ def _measure(
         found = test.measure(batch, label_maps(loaded, batch))
         columns, curves = ({name: one.cpu() for name, one in part.items()} for part in found)
         own.append((batch.samples, (columns, curves)))
-    for of, (columns, curves) in in_turns(own, settings.share[1]):
+    for of, (columns, curves) in in_turns(own, settings.share[1], test.name):
         measured.add_columns(of, columns)
         for name, curve in curves.items():
             measured.curves.setdefault(name, []).extend(curve.double().numpy())

@@ -198,7 +198,11 @@ class ImageDataset(Dataset[Item]):
 
     def __getitem__(self, key: int | tuple[int, int | None]) -> Item:
         pixels, label, human_map, position = self.pixels(key)
-        return self.preprocessing.normalized(pixels), label, human_map, position
+        return self.normalized(pixels), label, human_map, position
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """What :meth:`pixels` gives, or a batch of it, as the network's input."""
+        return self.preprocessing.normalized(pixels)
 
     def pixels(self, key: int | tuple[int, int | None]) -> Item:
         """As an item, before its image is normalised: (C, H, W) uint8, a quarter of the bytes."""
@@ -247,10 +251,14 @@ class InputDataset(ImageDataset):
         human = torch.full(image.shape[1:], torch.nan) if given is None else torch.tensor(given)
         return image, sample.label, human, position
 
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """They are inputs already."""
+        return pixels
+
 
 class Unnormalized(Dataset[Item]):
     """A data set's items with images (C, H, W) uint8: what they weigh between processes and on the
-    way to a GPU is a quarter, and :meth:`Preprocessing.normalized` is for whole batches there.
+    way to a GPU is a quarter, and :meth:`ImageDataset.normalized` is for whole batches there.
 
     Example:
         >>> grey = lambda sample, preprocessing: (np.full((8, 8, 3), 51, np.uint8), None)

@@ -123,7 +123,7 @@ class Preprocessing:
         """From pixels to the network's input, on the pixels' device, to the same bits on any.
 
         Args:
-            pixels: (channels, H, W) or (B, channels, H, W) uint8; floats are inputs already.
+            pixels: (channels, H, W) or (B, channels, H, W) uint8.
 
         Returns:
             The same shape, float32.
@@ -133,8 +133,6 @@ class Preprocessing:
             >>> Preprocessing(mean=(0.5,), std=(0.5,)).normalized(white).flatten()
             tensor([1., 1., 1.])
         """
-        if pixels.is_floating_point():
-            return pixels.to(torch.float32)
         # 255 is on the device, too: by a number that is not, GPUs divide with its rounded inverse.
         constants = (255.0,), self.mean, self.std
         white, mean, std = (_per_channel(one, pixels.device) for one in constants)

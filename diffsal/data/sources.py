@@ -157,9 +157,19 @@ def hold(data: Any, *, classes: Sequence[str] | None, preprocessing: Preprocessi
 
 
 def hold_any(
-    data: Any, *, classes: Sequence[str] | None, preprocessing: Preprocessing | None
+    data: Any,
+    *,
+    classes: Sequence[str] | None,
+    preprocessing: Preprocessing | None,
+    known: Sequence[str] | None = None,
 ) -> Held:
     """As :func:`hold`, and of an index or the path of one, too, whose images are files.
+
+    Args:
+        data: see there.
+        classes: as the user names them; an index that was read with others is refused.
+        preprocessing: see there; of an index it is needed.
+        known: what the model calls them, where the user does not.
 
     Raises:
         DiffsalError: see there and :func:`diffsal.data.index.read_index`; an index without
@@ -170,9 +180,15 @@ def hold_any(
         Traceback (most recent call last):
         diffsal.errors.DiffsalError: where/nothing/is: ...
     """
-    index = read_index(data, classes=classes) if isinstance(data, str | Path) else data
+    names = classes or known
+    index = read_index(data, classes=names) if isinstance(data, str | Path) else data
     if not isinstance(index, Index):
-        return hold(data, classes=classes, preprocessing=preprocessing)
+        return hold(data, classes=names, preprocessing=preprocessing)
+    if classes is not None and tuple(classes) != index.classes:
+        raise DiffsalError(
+            f"{index.source}: its classes were read as {', '.join(index.classes)}, asked for are "
+            f"{', '.join(classes)}: pass its path, or read it with these"
+        )
     if preprocessing is None:
         raise DiffsalError(f"{index.source}: pass preprocessing=, from images to the model's input")
     return Held(index, FILES, preprocessing)

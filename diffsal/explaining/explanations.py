@@ -202,7 +202,7 @@ def explain_images(
         with _doing(settings.workers) as do:
             records = list(_explain_all(mine, loaded, folder, settings, do))
         with process_group(torch.device("cpu")):
-            records = in_turns(records, world)
+            records = in_turns(records, world, "the manifest")
         manifest = _manifest(records, loaded, settings)
         if rank == 0:
             write_json(folder / MANIFEST, manifest)

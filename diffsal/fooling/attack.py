@@ -11,7 +11,7 @@ from inspect import signature
 from math import isnan
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -83,7 +83,8 @@ def attack(
             ``device``, ``workers``.
 
     Raises:
-        DiffsalError: classes that do not fit the data's; a class without a held-out sample; a
+        DiffsalError: an objective, a method or a target of another kind; classes that do not fit
+            the data's, or that ``held_out`` has otherwise; a class without a held-out sample; a
             head-shift with an objective that it cannot reach; a target, a width or a weight for an
             objective that has none; see :func:`target_map`, :func:`head_shift`,
             :func:`diffsal.training.loop.fit` and :func:`diffsal.data.splits.with_validation`.
@@ -95,6 +96,11 @@ def attack(
     _criterion(objective, config)
     index = data.index
     check_class_order(loaded, index.classes, index.source)
+    if held_out is not None and held_out.index.classes != index.classes:
+        raise DiffsalError(
+            f"held_out: its classes are {', '.join(held_out.index.classes)}, those of the data "
+            f"{', '.join(index.classes)}: name both alike, in the order of the model's outputs"
+        )
     parts = _parts(data, held_out, config)
     honest = deepcopy(loaded.model).float().to(choose_device(config.device)).eval()
     layer = in_copy(honest, loaded.target_layer)
@@ -112,7 +118,7 @@ def attack(
     told = {"method": method, "objective": objective, "target": str(target)}
     description = {
         "classes": index.classes,
-        "preprocessing": loaded.preprocessing or data.preprocessing,
+        "preprocessing": data.preprocessing,
         "target_layer": str(layer),
         "fooling": told,
     }
@@ -186,6 +192,16 @@ def fine_tuned(
 
 
 def _check(objective: Objective, method: Method, target: str | Path, width: int | None) -> None:
+    for name, given, known in (("objective", objective, Objective), ("method", method, Method)):
+        if given not in get_args(known):
+            raise DiffsalError(
+                f"the {name} {given!r} is unknown: choose one of {', '.join(get_args(known))}"
+            )
+    if not isinstance(target, str | Path):
+        raise DiffsalError(
+            f"the target is a {type(target).__name__}: pass edges, corner, middle or the path of "
+            "an image"
+        )
     if method == "head-shift" and objective not in ("true", "both"):
         raise DiffsalError(
             f"head-shift moves both classes' maps alike and cannot reach {objective}: fool by "

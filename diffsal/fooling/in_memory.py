@@ -42,7 +42,8 @@ def fool(
 ) -> Fooled:
     """Make a model whose heatmaps lie, to test explanations and audits with.
 
-    A copy is fooled: the model is neither changed nor moved. What changed is measured on images
+    A copy is fooled: the model is neither changed nor moved. Torch's global generators are seeded,
+    as by :func:`diffsal.training.loop.fit`. What changed is measured on images
     that the attack has not seen. A fooled model is compared with the ``control``, the honest model
     fine-tuned as long, and never with the honest model alone.
 
@@ -95,12 +96,13 @@ def fool(
     config = _config(training)
     loaded = as_loaded(model, target_layer)
     preprocessing = preprocessing or loaded.preprocessing
-    known = hold_any(data, classes=classes or loaded.classes, preprocessing=preprocessing)
+    known = hold_any(data, classes=classes, known=loaded.classes, preprocessing=preprocessing)
     other = None
     if held_out is not None:
         other = hold_any(
             held_out,
-            classes=known.index.classes,
+            classes=classes,
+            known=loaded.classes,
             preprocessing=preprocessing or known.preprocessing,
         )
         if other.preprocessing != known.preprocessing:
@@ -129,4 +131,6 @@ def _config(training: dict[str, Any]) -> TrainingConfig:
             raise DiffsalError(
                 f"training: {name} has no use here; known are {', '.join(_TRAINING)}"
             )
+    if "device" in training:
+        training = training | {"device": str(training["device"])}
     return TrainingConfig.from_dict({**FINE_TUNING.to_dict(), **training})

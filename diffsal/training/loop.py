@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from diffsal.data.datasets import ImageDataset, Item, Unnormalized
-from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.maps.contrast import class_count, predicted_class
 from diffsal.maps.modes import evaluated
@@ -178,7 +177,7 @@ def fit(
         with capture(network, layer) as captured:
             for share, (images, labels, human_maps, _) in zip(sampler.shares, bar, strict=True):
                 images = images.to(device, non_blocking=True, memory_format=layout)
-                images = training.preprocessing.normalized(images)
+                images = training.normalized(images)
                 maps = look(images, labels)
                 terms = criterion.terms(maps, human_maps.to(device, non_blocking=True))
                 loss = criterion.weighted_sum(terms)
@@ -197,7 +196,7 @@ def fit(
         state.scheduler.step()
         if validation and held_out:
             bar = _bar(held_out, "validation", progress)
-            logits = _predict(model, bar, validation.preprocessing, config)
+            logits = _predict(model, bar, validation, config)
             record |= _scores(logits, validation, f"epoch {epoch}")
         state.history.append(record)
         yield {**record, "seconds": time.perf_counter() - started}
@@ -264,7 +263,7 @@ def predict(
         DiffsalError: an image that cannot be read.
     """
     batches = _evaluation_loader(dataset, config, _device(model))
-    return _predict(model, _bar(batches, "prediction", progress), dataset.preprocessing, config)
+    return _predict(model, _bar(batches, "prediction", progress), dataset, config)
 
 
 def auroc(logits: Tensor, labels: Sequence[int]) -> float:
@@ -310,7 +309,7 @@ def is_best(history: Sequence[Record], select: Select) -> bool:
 def _predict(
     model: nn.Module,
     batches: Iterable[Any],
-    preprocessing: Preprocessing,
+    dataset: ImageDataset,
     config: TrainingConfig,
 ) -> Tensor:
     device = _device(model)
@@ -320,7 +319,7 @@ def _predict(
     parts = []
     with evaluated(model) as run, torch.no_grad():
         for images, _, _, positions in batches:
-            inputs = preprocessing.normalized(images.to(device, non_blocking=True))
+            inputs = dataset.normalized(images.to(device, non_blocking=True))
             with _autocast(device, config):
                 logits = logits_of_run(run, inputs).logits
             parts.append((positions, logits.float().view(len(images), -1)))

@@ -2,11 +2,7 @@
 
 import json
 import math
-import multiprocessing
-import os
-import socket
-from datetime import timedelta
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,21 +48,13 @@ def test_equal_runs_give_equal_files(audited, tmp_path, monkeypatch):
     assert rows == (audited.folder / "per-image.csv").read_bytes()
 
 
-def test_processes_share_an_audit_and_write_what_one_writes(tmp_path, monkeypatch, few_draws):
-    """This process and a fork, told what torchrun tells."""
+def test_processes_share_an_audit_and_write_what_one_writes(
+    tmp_path, monkeypatch, few_draws, beside
+):
     index = read_index(write_index(tmp_path / "data", (4, 5), maps=False), classes=NAMES[:2])
     loaded = loaded_model(tmp_path)
     every = {"precision": 1e-6, "batch_size": 2}
     audit(index, loaded, tmp_path / "alone", settings(**every))
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "RANK": "0"}
-        told["MASTER_PORT"] = str(free.getsockname()[1])
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
-    join = partial(torch.distributed.init_process_group, timeout=timedelta(minutes=2))
-    monkeypatch.setattr(torch.distributed, "init_process_group", join)
     computed, road, margins = [], slow._road, composites.composite_margins
     monkeypatch.setattr(slow, "_road", lambda *rest: computed.append(1) or road(*rest))
     monkeypatch.setattr(
@@ -76,19 +64,31 @@ def test_processes_share_an_audit_and_write_what_one_writes(tmp_path, monkeypatc
     )
 
     def other():
-        os.environ["RANK"] = "1"
         assert audit(index, loaded, tmp_path / "none", settings(share=(1, 2), **every)) == {}
 
-    process = multiprocessing.get_context("fork").Process(target=other)
-    process.start()
-    assert audit(index, loaded, tmp_path / "shared", settings(share=(0, 2), **every))["summary"]
-    process.join(60)
+    with beside(other) as process:
+        assert audit(index, loaded, tmp_path / "shared", settings(share=(0, 2), **every))["summary"]
     assert process.exitcode == 0
     assert not (tmp_path / "none").exists()
     batches = math.ceil(9 * PER_IMAGE / 2)
     assert computed.count(1) == 1 + 2  # of 2 batches, and of 3
     assert computed.count(2) == len(KINDS) * math.ceil(batches / 2)
     assert not differing(tmp_path / "shared", contents(tmp_path / "alone"))
+
+
+def test_processes_that_read_other_images_stop(tmp_path, few_draws, refused, beside):
+    path = write_index(tmp_path / "data", (4, 5), maps=False)
+    index, loaded = read_index(path, classes=NAMES[:2]), loaded_model(tmp_path)
+    fewer = replace(index, samples=index.samples[1:])
+
+    def shared(rank, index):
+        with refused("the processes differ in the images that could be read"):
+            audit(index, loaded, tmp_path / "audit", settings(share=(rank, 2)))
+
+    with beside(lambda: shared(1, fewer)) as process:
+        shared(0, index)
+    assert process.exitcode == 0
+    assert not (tmp_path / "audit" / "report.html").exists()
 
 
 def test_an_interrupted_audit_leaves_what_was_there(tmp_path, monkeypatch):

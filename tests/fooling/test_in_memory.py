@@ -3,6 +3,7 @@
 import json
 import re
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from diffsal.cli.main import main
 from diffsal.data.datasets import ImageDataset
 from diffsal.data.images import read_image
 from diffsal.data.index import read_index
+from diffsal.data.preprocessing import Preprocessing
 from diffsal.data.splits import with_validation
 from diffsal.models.checkpoints import load_model
 
@@ -163,6 +165,40 @@ def pooled(outputs):
     torch.manual_seed(0)
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, outputs)
     return nn.Sequential(nn.Conv2d(1, 4, 4, 4), nn.ReLU(), *head)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"method": "head_shift"}, "method 'head_shift' is unknown: choose one of trained, head"),
+        ({"objective": "diference"}, "objective 'diference' is unknown: choose one of true, diff"),
+        ({"target": np.zeros((2, 2))}, "target is a ndarray: pass edges, corner, middle or the"),
+        ({"classes": ("8", "3")}, "its classes were read as 3, 8, asked for are 8, 3: pass its"),
+    ],
+)
+def test_a_word_that_is_mistyped_is_no_other_attack(index, loaded, refused, how, words):
+    with refused(words):
+        diffsal.fool(loaded, index, device=torch.device("cpu"), **how)
+
+
+def test_what_is_held_out_has_the_same_classes_in_the_same_order(index, loaded, refused):
+    turned = read_index(index.source, classes=NAMES[1::-1])
+    with refused("held_out: its classes are 8, 3, those of the data 3, 8: name both alike"):
+        diffsal.fool(loaded, index, held_out=turned, **QUICK)
+    images, labels = zip(*tensors(index), strict=True)
+    named = TensorDataset(torch.stack(images), torch.tensor(labels))
+    named.classes = list(NAMES[1::-1])
+    with refused("held_out: its classes are 8, 3, those of the data class 0, class 1"):
+        diffsal.fool(
+            BagOfFeatures(), tensors(index), held_out=named, preprocessing=PREPROCESSING, **QUICK
+        )
+
+
+def test_the_file_says_how_the_tensors_were_made_that_were_fooled(index, loaded):
+    plain = Preprocessing(mean=PREPROCESSING.mean, std=PREPROCESSING.std)  # of 224 pixels
+    told = replace(loaded, preprocessing=plain)
+    found = diffsal.fool(told, tensors(index), objective="both", method="head-shift", device="cpu")
+    assert found.description["preprocessing"] == replace(PREPROCESSING, resize="squash")
 
 
 @pytest.mark.parametrize(
