@@ -26,20 +26,21 @@ from diffsal.system.files import replacing
 PAGE = Path(__file__).parents[2] / "docs/reliability.md"
 BEGIN, END = "<!-- attacks -->\n", "\n<!-- end -->"
 QUICK, WHOLE = 1, 6
+MUTATIONS = {QUICK: 100, WHOLE: 2100}
 FILES: dict[str, Callable[[Path, int], tries.Tries]] = {
     "weights, odd entries": lambda folder, times: tries.handmade_weights(folder, 6 // times),
     "weights, odd pickles": lambda folder, _times: tries.pickles(folder),
-    "weights, bytes changed": lambda folder, times: tries.mutated_weights(folder, 100 * times),
+    "weights, bytes changed": lambda folder, times: tries.mutated_weights(folder, MUTATIONS[times]),
     "hub folders, configuration changed": lambda folder, times: tries.configs(folder, 10 * times),
     "images and maps, bytes changed": lambda folder, times: tries.mutated_images(
-        folder, 200 * times
+        folder, MUTATIONS[times]
     ),
     "an image of 88 megapixels": lambda folder, times: tries.large_image(folder, times == WHOLE),
     "index files": lambda folder, times: tries.index_files(folder, 60 * times),
     "TOML files": lambda folder, times: toml_files(folder, 50 * times, 6 // times),
     "folders of results": lambda folder, times: results(folder, 50 * times),
 }
-"""Attacks by files: makes the tries in a folder, six times as many for `WHOLE`."""
+"""Attacks by files: makes the tries in a folder, six times as many and more for `WHOLE`."""
 RUNS: dict[str, Callable[[Path], tries.Tries]] = {
     **{f"kill -9 of {name}": partial(kills, name=name, count=50) for name in COMMANDS},
     "kill -9 of protocol run with attacks": partial(
