@@ -226,7 +226,7 @@ def test_invariant_2_holds_in_training_mode_with_dropout(pooled_net: Make) -> No
         ("squeezenet1_1", 64, {}, (3, 3)),
         ("mobilenet_v3_small", 64, {}, (2, 2)),
         ("convnext_tiny", 64, {}, (2, 2)),
-        ("maxvit_t", 224, {}, (7, 7)),
+        pytest.param("maxvit_t", 224, {}, (7, 7), marks=pytest.mark.slow),
         ("vit_b_32", 96, {"image_size": 96}, (3, 3)),
     ],
 )

@@ -86,7 +86,12 @@ def test_grid_of_every_family(meta_classifier: Make, family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("r3d_18", "layer4"), ("s3d", "features"), ("swin3d_t", "norm")]
+    ("name", "expected"),
+    [
+        ("r3d_18", "layer4"),
+        pytest.param("s3d", "features", marks=pytest.mark.slow),
+        ("swin3d_t", "norm"),
+    ],
 )
 def test_video_classifiers(name: str, expected: str) -> None:
     with torch.device("meta"):
@@ -161,7 +166,7 @@ def test_maps_of_windows_are_the_same_before_the_permutation() -> None:
         ("resnet18", "layer3", (14, 14)),
         ("densenet121", "features.denseblock3", (14, 14)),
         ("convnext_tiny", "features.5", (14, 14)),
-        ("maxvit_t", "blocks.2", (14, 14)),
+        pytest.param("maxvit_t", "blocks.2", (14, 14), marks=pytest.mark.slow),
     ],
 )
 def test_a_named_layer_gets_the_reshape_it_needs(

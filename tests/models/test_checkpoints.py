@@ -17,7 +17,7 @@ SMALL = "shufflenet_v2_x0_5"
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("maxvit_t", 224),
+        pytest.param("maxvit_t", 224, marks=pytest.mark.slow),
         ("mnasnet0_5", 64),
         ("mobilenet_v2", 64),
         ("regnet_y_400mf", 64),
