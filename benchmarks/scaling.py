@@ -33,13 +33,8 @@ finally:
     print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 """
 EXPLAIN = (
-    "explain",
-    "images",
-    "--recursive",
-    "--model",
-    "weights.pt",
-    "--no-figure",
-    "--overwrite",
+    *("explain", "images", "--recursive", "--model", "weights.pt"),
+    *("--no-figure", "--overwrite"),
 )
 AUDITED = 64
 AUDIT = (

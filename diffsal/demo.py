@@ -3,6 +3,7 @@
 The digits 3 and 8 differ by the left side alone, which an 8 closes. So anyone can see whether a
 map of the evidence for 8 against 3 is right."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,15 +73,38 @@ def _enlarged(digit: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 def train_digits(train: Digits, seed: int = 0, epochs: int = 6) -> nn.Module:
     """A small DenseNet with maps of 8 x 8 cells, in evaluation mode; seconds on a CPU."""
+    return train_network(*train.tensors(), F.cross_entropy, seed, epochs)
+
+
+def train_network(
+    inputs: Tensor,
+    wanted: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    seed: int = 0,
+    epochs: int = 6,
+) -> nn.Module:
+    """The demo's network, trained for something; in evaluation mode.
+
+    Args:
+        inputs: (N, 3, 64, 64) float32.
+        wanted: (N, ...): one of each input.
+        loss_of: logits (B, 2) of a batch, and what is wanted of it, to a scalar.
+        seed: of weights and batches; the global generators stay as they are.
+        epochs: passes over the inputs.
+
+    Example:
+        >>> inputs, wanted = torch.rand(16, 3, 64, 64), torch.zeros(16, 2)
+        >>> train_network(inputs, wanted, F.mse_loss, epochs=1)(inputs).shape
+        torch.Size([16, 2])
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(ARCHITECTURE, ARGUMENTS)
-        inputs, labels = train.tensors()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         for _ in range(epochs):
             for batch in torch.randperm(len(inputs)).split(16):
-                loss = F.cross_entropy(model(inputs[batch]), labels[batch])
+                loss = loss_of(model(inputs[batch]), wanted[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

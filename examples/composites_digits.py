@@ -28,14 +28,13 @@ from diffsal import explain
 from diffsal.data.datasets import ImageDataset, Pixels
 from diffsal.data.index import Sample
 from diffsal.data.preprocessing import Preprocessing
-from diffsal.demo import ARCHITECTURE, ARGUMENTS, PREPROCESSING, Digits, digits, train_digits
+from diffsal.demo import PREPROCESSING, Digits, digits, train_digits, train_network
 from diffsal.faithfulness.composites import compare, composite_margins, run_composites
 from diffsal.faithfulness.input_level import smoothgrad, smoothgrad_agreement
 from diffsal.faithfulness.pasting import Plan, Regions, Seams, plan_composites
 from diffsal.fooling.attack import FINE_TUNING, fine_tuned
 from diffsal.fooling.objectives import Objective
 from diffsal.fooling.targets import target_distance, target_map
-from diffsal.models.architectures import build_model
 from diffsal.protocol.statistics import told_by_low
 from diffsal.system.files import replacing, write_json
 from diffsal.training.loop import auroc
@@ -211,21 +210,13 @@ def _within(values: Tensor, labels: Tensor) -> Tensor:
     return values - means[:, labels]
 
 
-def imitator(inputs: Tensor, wanted: Tensor, seed: int, epochs: int = 8) -> nn.Module:
+def imitator(inputs: Tensor, wanted: Tensor, seed: int) -> nn.Module:
     """A network (N, 3, H, W) → (N, 2), trained so that its margins are those wanted (N,)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_model(ARCHITECTURE, ARGUMENTS)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-        for _ in range(epochs):
-            for batch in torch.randperm(len(inputs)).split(16):
-                loss = F.mse_loss(_margin(model(inputs[batch])), wanted[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            schedule.step()
-    return model.eval()
+
+    def loss(logits: Tensor, margins: Tensor) -> Tensor:
+        return F.mse_loss(_margin(logits), margins)
+
+    return train_network(inputs, wanted, loss, seed, epochs=8)
 
 
 def _masked(inputs: Tensor, mask: Tensor) -> Tensor:

@@ -53,12 +53,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[Any]]:
-    """``with beside(work):`` runs it as the second of two processes, a fork, told what torchrun
-    tells; this one is the first."""
+def first_of_two(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From when it is called on, this process is told what torchrun tells the first of two."""
 
-    @contextmanager
-    def started(work: Callable[[], object]) -> Iterator[Any]:
+    def tell() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "RANK": "0"}
@@ -67,6 +65,17 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextMana
             monkeypatch.setenv(name, value)
         join = partial(torch.distributed.init_process_group, timeout=timedelta(minutes=2))
         monkeypatch.setattr(torch.distributed, "init_process_group", join)
+
+    return tell
+
+
+@pytest.fixture
+def beside(first_of_two: Callable[[], None]) -> Callable[..., AbstractContextManager[Any]]:
+    """``with beside(work):`` runs it as the second of two processes, a fork; this is the first."""
+
+    @contextmanager
+    def started(work: Callable[[], object]) -> Iterator[Any]:
+        first_of_two()
 
         def other() -> None:
             os.environ["RANK"] = "1"

@@ -5,7 +5,6 @@ Every image is measured once with each method; a row of numbers is kept for each
 the rows come the findings, see :mod:`diffsal.auditing.findings`, and the files that
 ``docs/audit.md`` documents."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,7 @@ def audit(
             already, another run that is writing to the folder.
     """
     check_free(folder, overwrite)
-    alone = settings.share[1] == 1
-    with nullcontext(True) if alone else process_group(torch.device("cpu")) as is_first:
+    with process_group(torch.device("cpu"), settings.share) as is_first:
         if not is_first:
             gather(index, loaded, settings, reference)
             return {}

@@ -24,18 +24,19 @@ def process_rank() -> tuple[int, int]:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[bool]:
+def process_group(device: torch.device, share: tuple[int, int] | None = None) -> Iterator[bool]:
     """Join the processes that torchrun started, if it did; yields whether this is the first.
 
     Args:
         device: whose tensors are to be exchanged; the CPU for Python objects.
+        share: this process's rank and the number that share; ``None``: all that torchrun started.
 
     Example:
         >>> with process_group(torch.device("cpu")) as is_first:
         ...     is_first
         True
     """
-    rank, world = process_rank()
+    rank, world = share or process_rank()
     if world == 1 or dist.is_initialized():  # by the caller, who also ends it
         yield rank == 0
         return

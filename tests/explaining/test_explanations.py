@@ -2,17 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from click.testing import CliRunner
 from PIL import Image
 from scipy.special import softmax
@@ -343,7 +339,7 @@ def test_json_prints_the_manifest_and_nothing_else(run, tmp_path):
     assert manifest()["images"][0]["files"] == []
 
 
-def test_processes_share_a_folder_and_write_one_manifest(run, tmp_path, monkeypatch):
+def test_processes_share_a_folder_and_write_one_manifest(run, tmp_path, first_of_two):
     """This process and one more, told what torchrun tells."""
     checkpoint(tmp_path / "weights.pt")
     for index in range(5):
@@ -351,14 +347,7 @@ def test_processes_share_a_folder_and_write_one_manifest(run, tmp_path, monkeypa
     (tmp_path / "images" / "3x.png").touch()
     assert run("images", "--model", "weights.pt", "--out", "alone", "--no-figure").exit_code == 3
     arguments = ["images", "--model", "weights.pt", "--no-figure", "--json", "--out", "shared"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in (told | {"RANK": "0"}).items():
-        monkeypatch.setenv(name, value)
-    join = partial(dist.init_process_group, timeout=timedelta(minutes=2))
-    monkeypatch.setattr(dist, "init_process_group", join)
+    first_of_two()
     command = [sys.executable, "-m", "diffsal", "explain", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as other:
