@@ -172,7 +172,7 @@ def _contributions(
         )
         stack.callback(keep.remove)
         model(images)
-    activation, pooled = activations[0], inputs[0]
+    activation, pooled = activations[(layer.call or 1) - 1], inputs[0]
     if not pooled.requires_grad:
         raise _not_pooled(model)
     (gradient,) = torch.autograd.grad(pooled.sum(), activation)

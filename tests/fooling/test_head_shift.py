@@ -99,6 +99,30 @@ def test_head_shift_works_without_biases_and_through_a_maximum() -> None:
     assert not torch.allclose(maps.true, honest.true)
 
 
+class Twice(nn.Module):
+    """Whose last convolution runs two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 6, 2, 2), nn.Conv2d(6, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        cells = self.conv(self.conv(self.stem(images).relu()).relu()).relu()
+        logits: Tensor = self.fc(cells.mean((2, 3)))
+        return logits
+
+
+def test_head_shift_takes_the_call_of_a_layer_that_runs_twice() -> None:
+    model, images = Twice().double().eval(), torch.randn(40, 3, 8, 8, dtype=torch.float64)
+    shifted = head_shift(model, [images])
+    honest, fooled = (explain(one, images) for one in (model, shifted.model))
+    torch.testing.assert_close(fooled.difference, honest.difference, rtol=1e-9, atol=1e-12)
+    assert (fooled.logits.softmax(1) - honest.logits.softmax(1)).abs().max() < 1e-12
+    before, after = (target_distance(one.true, frame(4, 4)).mean() for one in (honest, fooled))
+    assert after < before - 0.05
+
+
 @pytest.mark.parametrize("name", ["vgg11", "mobilenet_v3_small", "squeezenet1_1"])
 def test_other_heads_are_refused(
     name: str, classifier: Callable[..., nn.Module], refused: Callable[[str], Any]
