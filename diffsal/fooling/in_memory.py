@@ -93,6 +93,8 @@ def fool(
         Traceback (most recent call last):
         diffsal.errors.DiffsalError: training: the key 'epoch' is unknown; near: epochs
     """
+    if held_out is data:
+        raise DiffsalError("held_out: is the data that the attack learns from: pass others")
     config = _config(training)
     loaded = as_loaded(model, target_layer)
     preprocessing = preprocessing or loaded.preprocessing

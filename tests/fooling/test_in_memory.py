@@ -153,6 +153,8 @@ def test_what_cannot_be_fooled_is_one_line(index, loaded, refused):
         diffsal.fool(loaded, data, held_out=other, **QUICK)
     with refused("names splits itself: leave out held_out"):
         diffsal.fool(loaded, with_validation(index), held_out=data, **QUICK)
+    with refused("held_out: is the data that the attack learns from"):
+        diffsal.fool(loaded, data, held_out=data, **QUICK)
     with refused("training: size has no use here"):
         diffsal.fool(loaded, data, size=8)
     with refused("the key 'epoch' is unknown; near: epochs"):
