@@ -47,7 +47,7 @@ def measure_training(device: torch.device) -> Iterator[list[Row]]:
 
 def measure_pictures(device: torch.device) -> Iterator[list[Row]]:
     """A folder of images, and one picture."""
-    return pictures.measure(device, images=200, workers=2, rounds=1)
+    return pictures.measure(device, images=1000, workers=2, rounds=1)
 
 
 def measure_scaling(_: torch.device) -> Iterator[list[Row]]:

@@ -118,7 +118,7 @@ def test_files_stay_short(module: str) -> None:
     [
         ("pytorch_grad_cam", {"maps.difference_cam", "faithfulness.perturbation"}),
         ("matplotlib", {"explaining", "auditing.report", "protocol.plots"}),
-        ("cv2", {"maps.difference_cam", "explaining.regions"}),
+        ("cv2", {"maps.difference_cam", "explaining.overlays", "explaining.regions"}),
     ],
 )
 def test_heavy_libraries_have_one_home(library: str, allowed: set[str]) -> None:
@@ -148,6 +148,11 @@ def test_training_loads_no_grad_cam_and_no_drawing() -> None:
     loaded = loaded_by("import diffsal.training.losses, diffsal.training.run")
     assert "torch" in loaded
     assert not {"pytorch_grad_cam", "cv2", "matplotlib"} & loaded
+
+
+def test_processes_that_draw_load_no_models() -> None:
+    loaded = loaded_by("import diffsal.explaining.one_image, diffsal.explaining.workers")
+    assert not {"pytorch_grad_cam", "torchvision", "sklearn", "scipy"} & loaded
 
 
 @pytest.mark.parametrize("module", LIBRARY)

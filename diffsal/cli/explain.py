@@ -86,7 +86,8 @@ def explain(
     the images among processes.
     """
     from diffsal.data.images import find_images
-    from diffsal.explaining.explanations import MANIFEST, Outputs, Settings, explain_images
+    from diffsal.explaining.explanations import MANIFEST, Settings, explain_images
+    from diffsal.explaining.one_image import Outputs
     from diffsal.system.devices import choose_device
     from diffsal.system.files import check_writable
     from diffsal.system.processes import process_rank

@@ -1,89 +1,39 @@
 """Explain images: from files to pictures, maps and a manifest that tells all."""
 
-import multiprocessing
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from diffsal import __version__
-from diffsal.data.images import read_image_with_notes
 from diffsal.data.index import class_position
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
-from diffsal.explaining.figures import PANELS, save_figure, save_overlays
-from diffsal.explaining.overlays import reduced
-from diffsal.explaining.records import (
-    NOT_FINITE,
-    Draft,
-    Record,
-    class_names,
-    draft,
-    failure,
-    identity,
-    maps_at_image_size,
-)
+from diffsal.explaining import one_image
+from diffsal.explaining.one_image import Computed, Outputs, Prepared, Wanted, computed
+from diffsal.explaining.records import Record, class_names, failure, identity
+from diffsal.explaining.workers import Do, Later, ahead, working
 from diffsal.maps.contrast import Choice, class_count
 from diffsal.maps.salience import explain
 from diffsal.maps.salience_maps import SalienceMaps
 from diffsal.maps.weightings import Weighting
 from diffsal.models.checkpoints import LoadedModel
 from diffsal.system.devices import choose_device, running
-from diffsal.system.files import replacing, write_json
+from diffsal.system.files import write_json
 from diffsal.system.locks import sole_writer
 from diffsal.system.processes import in_turns, process_group, process_rank
 
 MANIFEST = "manifest.json"
 _LONGEST_STEM = 220  # bytes
-
-Item = TypeVar("Item")
-Later: TypeAlias = Callable[[], Any]
-Do: TypeAlias = Callable[[Callable[[Any], Any], Any], Later]
-"""Begins a piece of work on one thing, and gives what waits for its result."""
 _BATCHES_AHEAD = 2  # that workers read, and draw, while the model runs
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What is written for each image.
-
-    Attributes:
-        figure: ``<stem>.png``, the picture of the explanation.
-        overlays: each panel as its own PNG of the image's size, ``<stem>.true.png`` and so on.
-        maps: ``<stem>.npz``: ``true``, ``false``, ``difference`` raw at the layer's size (h, w),
-            ``logits``, ``true_class``, ``false_class``.
-        resized_maps: there, ``true_normalized`` and so on, too: in [0, 1] at the image's size, NaN
-            where the model did not see it.
-    """
-
-    figure: bool = True
-    overlays: bool = False
-    maps: bool = False
-    resized_maps: bool = False
-
-    def names(self, stem: str) -> list[str]:
-        """Every file name that is written for ``stem``.
-
-        Example:
-            >>> Outputs(overlays=True).names("x")
-            ['x.png', 'x.true.png', 'x.false.png', 'x.difference.png', 'x.evidence.png']
-        """
-        return [
-            *([f"{stem}.png"] if self.figure else []),
-            *([f"{stem}.{panel}.png" for panel in PANELS] if self.overlays else []),
-            *([f"{stem}.npz"] if self.maps or self.resized_maps else []),
-        ]
 
 
 @dataclass(frozen=True)
@@ -111,7 +61,7 @@ class Settings:
     weighting: Weighting = "elementwise"
     batch_size: int = 8
     workers: int = 0
-    outputs: Outputs = Outputs()
+    outputs: Outputs = field(default_factory=Outputs)
 
 
 def settings_of(loaded: LoadedModel, device: str = "auto", **chosen: Any) -> Settings:
@@ -199,8 +149,9 @@ def explain_images(
     rank, world = process_rank()
     mine = list(zip(paths, stems, strict=True))[rank::world]
     with sole_writer(folder) if rank == 0 else nullcontext():
-        with _doing(settings.workers) as do:
-            records = list(_explain_all(mine, loaded, folder, settings, do))
+        wanted = Wanted(folder, settings.preprocessing, settings.outputs)
+        with working(settings.workers, one_image.__name__) as do:
+            records = list(_explain_all(mine, loaded, wanted, settings, do))
         with process_group(torch.device("cpu")):
             records = in_turns(records, world, "the manifest")
         manifest = _manifest(records, loaded, settings)
@@ -212,7 +163,7 @@ def explain_images(
 def _explain_all(
     inputs: Sequence[tuple[Path, str]],
     loaded: LoadedModel,
-    folder: Path,
+    wanted: Wanted,
     settings: Settings,
     do: Do,
 ) -> Iterator[Record]:
@@ -220,85 +171,54 @@ def _explain_all(
 
     No more is held than a batch, or with workers the few that are on their way.
     """
-    ahead = _BATCHES_AHEAD if settings.workers else 0
+    count = _BATCHES_AHEAD if settings.workers else 0
     starts = range(0, len(inputs), settings.batch_size)
     batches = (inputs[start : start + settings.batch_size] for start in starts)
     being_read = (
-        (batch, [do(partial(_prepare, settings), path) for path, _ in batch]) for batch in batches
+        (batch, [do(partial(one_image.prepare, wanted), path) for path, _ in batch])
+        for batch in batches
     )
     being_drawn = (
-        _computed(batch, [read() for read in reading], loaded, folder, settings, do)
-        for batch, reading in _ahead(being_read, ahead)
+        _computed(batch, [read() for read in reading], loaded, wanted, settings, do)
+        for batch, reading in ahead(being_read, count)
     )
     with tqdm(total=len(inputs), unit="image", disable=None) as progress:
-        for records in _ahead(being_drawn, ahead):
+        for records in ahead(being_drawn, count):
             for record in records:
                 yield record()
                 progress.update()
 
 
-def _ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
-    """The items, where each is asked for ``count`` items before it is handed on."""
-    held: deque[Item] = deque()
-    for item in items:
-        held.append(item)
-        if len(held) > count:
-            yield held.popleft()
-    yield from held
-
-
 def _computed(
     batch: Sequence[tuple[Path, str]],
-    prepared: Sequence["_Prepared | DiffsalError"],
+    prepared: Sequence[Prepared | DiffsalError],
     loaded: LoadedModel,
-    folder: Path,
+    wanted: Wanted,
     settings: Settings,
     do: Do,
 ) -> list[Later]:
     """What waits for each image's record; its maps are there, its files are being written."""
     pairs = zip(batch, prepared, strict=True)
-    readable = [(path, stem, one) for (path, stem), one in pairs if isinstance(one, _Prepared)]
-    write = partial(_write, folder, settings.outputs)
-    written = iter([do(write, draft_) for draft_ in _drafts(readable, loaded, settings)])
+    readable = [(path, stem, one) for (path, stem), one in pairs if isinstance(one, Prepared)]
+    write = partial(one_image.write, wanted)
+    written = iter([do(write, one) for one in _with_maps(readable, loaded, settings)])
     return [
-        next(written) if isinstance(one, _Prepared) else partial(failure, path, one)
+        next(written) if isinstance(one, Prepared) else partial(failure, path, one)
         for (path, _), one in zip(batch, prepared, strict=True)
     ]
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """An image, in its own size if overlays want it so, that size, and the model's input."""
-
-    image: NDArray[np.uint8]
-    size: tuple[int, int]
-    tensor: Tensor
-    notes: list[str]
-
-
-def _prepare(settings: Settings, path: Path) -> _Prepared | DiffsalError:
-    """What is held of an image; an error is a value, as others go on."""
-    try:
-        image, notes = read_image_with_notes(path)
-        shown = image if settings.outputs.overlays else reduced(image)
-        size = (image.shape[0], image.shape[1])
-        return _Prepared(shown, size, settings.preprocessing(image), notes)
-    except DiffsalError as error:
-        return error
-
-
-def _drafts(
-    readable: Sequence[tuple[Path, str, _Prepared]],
+def _with_maps(
+    readable: Sequence[tuple[Path, str, Prepared]],
     loaded: LoadedModel,
     settings: Settings,
-) -> Iterator[Draft]:
+) -> Iterator[Computed]:
     if not readable:
         return
     maps = _maps(torch.stack([one.tensor for *_, one in readable]), loaded, settings)
     names = class_names(settings.classes, class_count(maps.logits))
     for index, (path, stem, one) in enumerate(readable):
-        told = (maps[index], names, settings.preprocessing, one.notes)
-        yield draft(path, stem, one.image, one.size, *told)
+        yield computed(path, stem, one, maps[index], names)
 
 
 def _maps(inputs: Tensor, loaded: LoadedModel, settings: Settings) -> SalienceMaps:
@@ -313,25 +233,6 @@ def _maps(inputs: Tensor, loaded: LoadedModel, settings: Settings) -> SalienceMa
             weighting=settings.weighting,
         )
     return maps.to("cpu")
-
-
-def _write(folder: Path, outputs: Outputs, made: Draft) -> Record:
-    """Write one image's files and return its record."""
-    if not all(np.isfinite(made.arrays[name]).all() for name in ("true", "false", "logits")):
-        return failure(made.path, NOT_FINITE)
-    try:
-        if outputs.figure:
-            save_figure(folder / f"{made.stem}.png", made.explanation)
-        if outputs.overlays:
-            save_overlays(folder, made.stem, made.explanation)
-        if outputs.maps or outputs.resized_maps:
-            with replacing(folder / f"{made.stem}.npz") as scratch:
-                resized = maps_at_image_size(made) if outputs.resized_maps else {}
-                arrays = made.arrays | resized
-                np.savez_compressed(scratch, **arrays)  # type: ignore[arg-type]
-    except (OSError, DiffsalError) as error:
-        return failure(made.path, error)
-    return made.record | {"files": outputs.names(made.stem)}
 
 
 def _manifest(records: list[Record], loaded: LoadedModel, settings: Settings) -> dict[str, Any]:
@@ -399,19 +300,3 @@ def _check_free(
         raise DiffsalError(
             f"{there[0]} is there already: pass --overwrite, or name another folder with --out"
         )
-
-
-@contextmanager
-def _doing(workers: int) -> Iterator[Do]:
-    """Work is done when its result is asked for, or by ``workers`` processes as soon as they can.
-
-    They are spawned, as forks of a CUDA process break.
-    """
-    if workers == 0:
-        yield partial
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        yield lambda work, one: pool.submit(work, one).result
-    finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt, what was ahead is left

@@ -245,8 +245,11 @@ def _draw_panels(
     """The image, the maps over it, and the scales of those that have one below them."""
     layers = overlay_layers(shown)
     sheet.frame(*places["input"][:2], outlined(image, [inside for inside, *_ in shown.regions]))
+    height, width = image.shape[:2]
+    panels = {name: resized(layers[name].values, width, height) for name in PANELS[:-1]}
+    panels["evidence"] = panels["difference"]
     for cell, layer in layers.items():
-        sheet.frame(*places[cell][:2], layer.over(image))
+        sheet.frame(*places[cell][:2], replace(layer, values=panels[cell]).over(image))
     left, top, width = places["difference"]
     _draw_own_bar(sheet, left, top + len(image), width, layers["difference"])
     left, top, width = places["evidence"]

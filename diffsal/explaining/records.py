@@ -1,9 +1,11 @@
 """What is told of an image and of its model, before any file is written."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,7 +20,9 @@ from diffsal.explaining.regions import Region, find_regions, on_image
 from diffsal.maps.caveats import caveats, is_coarse
 from diffsal.maps.contrast import NO_CLASS, predicted_class
 from diffsal.maps.salience_maps import SalienceMaps, normalize
-from diffsal.models.checkpoints import LoadedModel
+
+if TYPE_CHECKING:  # which takes seconds to import, in every process that draws
+    from diffsal.models.checkpoints import LoadedModel
 
 Record: TypeAlias = dict[str, Any]
 """An image's entry in ``manifest.json``, as ``docs/files.md`` documents it."""

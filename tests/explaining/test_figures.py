@@ -270,11 +270,12 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
     path = tmp_path / "x.png"
     path.write_bytes(b"old")
 
-    def interrupted(self, target, **options):
-        Path(target).write_bytes(b"half")
+    def interrupted(self, content):
+        with self.open("wb") as file:
+            file.write(content[:100])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Image.Image, "save", interrupted)
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
     for save in (save_figure, lambda path, shown: save_overlays(path.parent, "y", shown)):
         with pytest.raises(KeyboardInterrupt):
             save(path, explanation())

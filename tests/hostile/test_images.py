@@ -19,7 +19,8 @@ from diffsal.data.images import read_image, read_map
 from diffsal.data.index import Sample
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
-from diffsal.explaining.explanations import Outputs, Settings, explain_images
+from diffsal.explaining.explanations import Settings, explain_images
+from diffsal.explaining.one_image import Outputs
 from diffsal.explaining.overlays import SIGNED, Layer, resized
 from diffsal.models.checkpoints import load_model
 from diffsal.system.files import check_writable
@@ -74,7 +75,7 @@ def test_a_large_image_is_held_at_the_size_of_its_figure(
 ) -> None:
     shown: list[Any] = []
     monkeypatch.setattr(
-        "diffsal.explaining.explanations.save_figure", lambda _path, one: shown.append(one)
+        "diffsal.explaining.one_image.save_figure", lambda _path, one: shown.append(one)
     )
     png(tmp_path / "large.png", 6_000, 3_000)
     explain_images([tmp_path / "large.png"], load_model(own_file()), tmp_path / "out", SETTINGS)

@@ -1,0 +1,74 @@
+"""Processes that read images and draw pictures while the model runs."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.context import BaseContext
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Later: TypeAlias = Callable[[], Any]
+Do: TypeAlias = Callable[[Callable[[Any], Any], Any], Later]
+"""Begins a piece of work on one thing, and gives what waits for its result."""
+
+
+@contextmanager
+def working(workers: int, module: str) -> Iterator[Do]:
+    """Work is done when its result is asked for, or by ``workers`` processes as soon as they can.
+
+    Args:
+        workers: how many; 0: this process does it all.
+        module: where the work's functions are, which is imported once for all processes.
+
+    Example:
+        >>> with working(0, "math") as do:
+        ...     later = do(abs, -1)
+        ...     later()
+        1
+    """
+    if workers == 0:
+        yield partial
+        return
+    pool = ProcessPoolExecutor(workers, _context(module), initializer=_step_back)
+    try:
+        yield lambda work, one: pool.submit(work, one).result
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an interrupt, what was ahead is left
+
+
+def _context(module: str) -> BaseContext:
+    """Not by forks of this process, which break once CUDA or OpenMP has run in it."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", module])
+    return context
+
+
+def _step_back() -> None:
+    """In each worker: the model's own threads come first, or they wait for one another."""
+    torch.set_num_threads(1)
+    if hasattr(os, "nice"):
+        os.nice(10)
+
+
+def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items, where each is asked for ``count`` items before it is handed on.
+
+    Example:
+        >>> asked = []
+        >>> next(ahead((asked.append(n) or n for n in range(9)), 2)), asked
+        (0, [0, 1, 2])
+    """
+    held: deque[Item] = deque()
+    for item in items:
+        held.append(item)
+        if len(held) > count:
+            yield held.popleft()
+    yield from held
