@@ -123,11 +123,17 @@ def test_head_shift_takes_the_call_of_a_layer_that_runs_twice() -> None:
     assert after < before - 0.05
 
 
-@pytest.mark.parametrize("name", ["vgg11", "mobilenet_v3_small", "squeezenet1_1"])
+def flattened() -> nn.Module:
+    """As VGG's: each cell has weights of its own."""
+    pooled = nn.Conv2d(3, 4, 9, 8), nn.AdaptiveAvgPool2d(7), nn.Flatten()
+    return nn.Sequential(*pooled, nn.Linear(196, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+
+
+@pytest.mark.parametrize("name", ["flattened", "mobilenet_v3_small", "squeezenet1_1"])
 def test_other_heads_are_refused(
     name: str, classifier: Callable[..., nn.Module], refused: Callable[[str], Any]
 ) -> None:
-    model = classifier(name, torch.float32, num_classes=2)
+    model = flattened() if name == "flattened" else classifier(name, torch.float32, num_classes=2)
     with refused("head-shift needs global pooling and one linear layer"):
         head_shift(model, [torch.randn(2, 3, 64, 64)])
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

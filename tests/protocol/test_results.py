@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 from click.testing import CliRunner
 from PIL import Image
 
@@ -59,13 +60,22 @@ def set_version(file, version):
     file.write_text(json.dumps(content), "utf-8")
 
 
-def test_the_table_command_prints_every_format_and_draws(done):
+@pytest.fixture
+def nothing_drawn(monkeypatch):
+    monkeypatch.setattr("diffsal.protocol.results.draw", lambda *_: [])
+
+
+def test_the_table_command_prints_every_format(done, nothing_drawn):
     invoke = CliRunner().invoke
     for form in ("text", "markdown", "latex", "csv", "json"):
         result = invoke(main, ["protocol", "table", str(done), "--format", form])
         assert result.exit_code == 0, result.output
         assert "contrast" in result.stdout
     assert json.loads(result.stdout)[0]["name"] == "overall"
+
+
+def test_the_table_command_draws(done):
+    result = CliRunner().invoke(main, ["protocol", "table", str(done)])
     for name in ("tiles-auroc.png", "tiles-figure-1.png"):
         path = done / "plots" / name
         assert str(path) in result.stderr
@@ -82,7 +92,7 @@ def test_tables_are_printed_where_no_plot_can_be(done, tmp_path):
     assert "contrast" in result.stdout
 
 
-def test_the_table_command_needs_a_baseline_that_is_there(done):
+def test_the_table_command_needs_a_baseline_that_is_there(done, nothing_drawn):
     result = CliRunner().invoke(main, ["protocol", "table", str(done)])
     assert result.exit_code == 0
     result = CliRunner().invoke(main, ["protocol", "table", str(done), "--baseline", "contrast"])
