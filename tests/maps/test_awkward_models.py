@@ -5,6 +5,7 @@ head adds whatever the image shows, and that they change where the image does.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -499,3 +500,38 @@ def test_an_oblong_grid_whose_cells_would_fill_a_square() -> None:
     assert moved.shape == (2, 16, 9)
     assert moved[:, :2, 7:].all()
     assert moved.sum() == 2 * 2 * 2
+
+
+class _Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> None:
+        """No gradient at all, though the graph leads on."""
+
+
+class _Stopped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(_Stop.apply(self.features(images).mean((2, 3))))
+
+
+def test_a_way_back_of_the_models_own_is_gone(refused):
+    with refused("the logits change with no feature map"):
+        find_target_layer(_Stopped())
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_a_batch_norm_of_another_width_is_told(width, refused):
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(width), *head)
+    if width == 4:
+        assert find_target_layer(model).name == "1"
+        return
+    with refused("running_mean should contain 4 elements not 8"):
+        find_target_layer(model)
