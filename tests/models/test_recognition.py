@@ -13,9 +13,9 @@ NAMES = torchvision_models.list_models(module=torchvision_models)
 QUICK = {
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3"),
     *("mnasnet0_5", "mnasnet0_75", "mobilenet_v2", "mobilenet_v3_small"),
-    *("regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnet50", "resnext50_32x4d"),
+    *("regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnet50"),
     *("shufflenet_v2_x0_5", "squeezenet1_0", "squeezenet1_1", "swin_t", "swin_v2_t"),
-    *("vgg11", "vgg11_bn", "vit_b_16", "vit_b_32", "wide_resnet50_2"),
+    *("vgg11", "vit_b_32"),
 }
 
 
