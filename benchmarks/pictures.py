@@ -2,9 +2,9 @@
 
     python benchmarks/pictures.py [--images 1000] [--rounds 1] [--device cuda]
 
-Photographs of 640 x 427 pixels, ResNet-50 with two outputs at 224 x 224. The bare way reads,
-resizes and normalises the same files in a `DataLoader` with as many workers, runs the model, and
-keeps the logits. Starting the workers is counted for all.
+Photographs of 640 x 427 pixels, ResNet-50 with two outputs at 224 x 224. The bare way is a script
+that reads, resizes and normalises the same files in a `DataLoader` with as many workers, runs the
+model, and keeps the logits. All that a command does from its start to its end is counted for all.
 """
 
 import argparse
@@ -13,9 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from multiprocessing import forkserver
 from pathlib import Path
 from statistics import median
 
@@ -23,16 +22,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image, load_sample_images
 from timing import Row, in_turns, printed, ratios, row
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.models import densenet121, resnet50
 
 from diffsal import explain
 from diffsal.data.images import read_image
 from diffsal.data.preprocessing import Preprocessing
-from diffsal.explaining.explanations import Settings, explain_images
 from diffsal.explaining.figures import save_figure
-from diffsal.explaining.one_image import Outputs
 from diffsal.explaining.records import draft
 from diffsal.models.checkpoints import LoadedModel, load_model, save_checkpoint
 
@@ -57,62 +52,69 @@ pyplot.imshow(image)
 pyplot.title(str(logits.softmax(1).tolist()))
 pyplot.savefig(sys.argv[3])
 """
+BARE = """
+import sys
+from pathlib import Path
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import resnet50
+from torchvision.transforms.functional import normalize, pil_to_tensor, resize
+
+
+class Inputs(Dataset):
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, position):
+        image = resize(Image.open(self.paths[position]).convert("RGB"), [224, 224])
+        x = pil_to_tensor(image).float() / 255
+        return normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+folder, weights, device, batch, workers = sys.argv[1:]
+model = resnet50(num_classes=2)
+model.load_state_dict(torch.load(weights, weights_only=True))
+model.eval().to(device)
+images = Inputs(sorted(Path(folder).glob("*.jpg")))
+batches = DataLoader(images, int(batch), num_workers=int(workers))
+with torch.no_grad():
+    logits = torch.cat([model(images.to(device)).cpu() for images in batches])
+print(logits.softmax(1).mean(0))
+"""
 PREPROCESSING = Preprocessing()
 BATCH = 8
 OUTPUTS = {
-    "explain, no figure": Outputs(figure=False),
-    "explain, figures": Outputs(),
-    "explain, figures and raw maps": Outputs(maps=True),
+    "explain, no figure": ["--no-figure"],
+    "explain, figures": [],
+    "explain, figures and raw maps": ["--save-maps"],
 }
-
-
-class Inputs(Dataset[Tensor]):
-    """Files as the model's inputs."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, position: int) -> Tensor:
-        return PREPROCESSING(read_image(self.paths[position]))
-
-
-def bare(paths: Sequence[Path], loaded: LoadedModel, device: torch.device, workers: int) -> Tensor:
-    """The logits of all images."""
-    model = loaded.model.to(device)
-    batches = DataLoader(Inputs(paths), BATCH, num_workers=workers)
-    with torch.no_grad():
-        return torch.cat([model(images.to(device)).cpu() for images in batches])
 
 
 def folder_of_images(
     folder: Path, images: int, device: torch.device, workers: int, rounds: int
 ) -> list[Row]:
-    """All ways, as multiples of the time of the bare one."""
-    loaded = model_and_files(folder, images)
-    paths = sorted(folder.glob("*.jpg"))
-
-    def ours(outputs: Outputs) -> None:
-        settings = Settings(
-            PREPROCESSING, device, batch_size=BATCH, workers=workers, outputs=outputs
-        )
-        explain_images(paths, loaded, folder / "out", settings, overwrite=True)
-        # Or its imports would be counted in the first turn alone.
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]
-
-    turns: dict[str, Callable[[], object]] = {
-        "a bare loader and forward pass": lambda: bare(paths, loaded, device, workers)
-    }
-    turns |= {name: partial(ours, outputs) for name, outputs in OUTPUTS.items()}
+    """All ways, as multiples of the time of the bare one; each in processes of its own."""
+    model_and_files(folder / "images", images)
+    (folder / "images/weights.pt").rename(folder / "weights.pt")
+    torch.save(load_model(folder / "weights.pt").model.state_dict(), folder / "state.pt")
+    (folder / "bare.py").write_text(BARE, "utf-8")
+    told = [device.type, str(BATCH), str(workers)]
+    ours = ["-m", "diffsal", "explain", "images", "--model", "weights.pt", "--overwrite"]
+    ours += ["--device", told[0], "--batch-size", told[1], "--workers", told[2]]
+    commands = {"a bare loader and forward pass": ["bare.py", "images", "state.pt", *told]}
+    commands |= {name: [*ours, *words] for name, words in OUTPUTS.items()}
     setting = {"model": "resnet50", "images": images, "workers": workers}
-    return ratios("folder", setting, in_turns(turns, rounds, device))
+    return ratios("folder", setting, in_turns(_runs(commands, folder), rounds, warm_up=0))
 
 
 def model_and_files(folder: Path, images: int) -> LoadedModel:
     """A checkpoint of random weights, loaded, and photographs."""
     torch.manual_seed(0)
+    folder.mkdir(exist_ok=True)
     pixels = load_sample_images().images
     for number in range(images):
         Image.fromarray(pixels[number % 2]).save(folder / f"{number}.jpg", quality=92)
@@ -156,13 +158,17 @@ def one_command(folder: Path, rounds: int) -> list[Row]:
         "a minimal script": ["minimal.py", "image.png", "weights.pt", "minimal.png"],
         "diffsal explain, one image": [*ours, "--device", "cpu"],
     }
-    turns = {
+    seconds = in_turns(_runs(commands, folder), rounds, clock=_of_children)
+    return ratios("command", {"model": "densenet121"}, seconds)
+
+
+def _runs(commands: Mapping[str, list[str]], folder: Path) -> dict[str, Callable[[], object]]:
+    return {
         name: partial(
             subprocess.run, [sys.executable, *words], cwd=folder, check=True, capture_output=True
         )
         for name, words in commands.items()
     }
-    return ratios("command", {"model": "densenet121"}, in_turns(turns, rounds, clock=_of_children))
 
 
 def _of_children() -> float:

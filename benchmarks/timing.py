@@ -27,19 +27,20 @@ def in_turns(
     device: torch.device | None = None,
     *,
     calls: int = 1,
+    warm_up: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds a call in each round, after one round to warm up; each round begins with another."""
+    """Seconds a call in each round, after those to warm up; each round begins with another."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     order = list(contestants)
-    for round_ in range(rounds + 1):
+    for round_ in range(rounds + warm_up):
         for name in order:
             synchronize(device)
             start = clock()
             for _ in range(calls):
                 contestants[name]()
             synchronize(device)
-            if round_:
+            if round_ >= warm_up:
                 seconds[name].append((clock() - start) / calls)
         order = [*order[1:], order[0]]
     return seconds

@@ -201,9 +201,10 @@ class _Sheet:
         self.page.paste(Image.fromarray(pixels), (left, top))
 
     def frame(self, left: int, top: int, pixels: Pixels) -> None:
-        self.paste(
-            left - 1, top - 1, np.pad(pixels, ((1, 1), (1, 1), (0, 0)), constant_values=_RULE)
-        )
+        height, width = pixels.shape[:2]
+        around = left - 1, top - 1, left + width, top + height
+        self.pen.rectangle(around, outline=(_RULE, _RULE, _RULE))
+        self.paste(left, top, pixels)
 
     def write(
         self, x: float, baseline: int, text: str, font: Font, colour: str, align: Align = "left"

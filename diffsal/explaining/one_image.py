@@ -82,7 +82,8 @@ class Prepared:
     """An image that was read.
 
     Attributes:
-        image: uint8 (H, W, 3), in its own size if overlays want it so, or reduced.
+        image: uint8 (H, W, 3), in its own size if overlays want it so, or reduced; a pixel of it
+            where nothing is drawn.
         size: its own, (H, W).
         tensor: the model's input, (C, h, w).
         notes: sentences on the image.
@@ -103,11 +104,17 @@ def prepare(wanted: Wanted, path: Path) -> Prepared | DiffsalError:
     """
     try:
         image, notes = read_image_with_notes(path)
-        shown = image if wanted.outputs.overlays else reduced(image)
         size = (image.shape[0], image.shape[1])
-        return Prepared(shown, size, wanted.preprocessing(image), notes)
+        return Prepared(_kept(image, wanted.outputs), size, wanted.preprocessing(image), notes)
     except DiffsalError as error:
         return error
+
+
+def _kept(image: NDArray[np.uint8], outputs: Outputs) -> NDArray[np.uint8]:
+    """As much of an image as is drawn of it; it goes from process to process twice."""
+    if outputs.overlays:
+        return image
+    return reduced(image) if outputs.figure else image[:1, :1]
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ Map = NDArray[np.float32]
 # the colour-blind. The signed one stops short of its ends, which turn black over dark images.
 _OWN = matplotlib.colormaps["RdYlBu_r"]
 SIGNED = ListedColormap(matplotlib.colormaps["RdBu_r"](np.linspace(0.1, 0.9, 255)))
-_PNG = (  # one good filter and runs alone: of photographs nearly as small as with all that there is
+_PNG = (  # one filter, and runs alone: a tenth larger than with all that there is, at half the time
     *(cv2.IMWRITE_PNG_COMPRESSION, 1),  # first, as it sets the strategy, too
     *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
-    *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_PAETH),
+    *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP),
 )
 _BAND = 1 << 20  # pixels that are coloured at a time
 _ENOUGH = 1_600  # twice the width of the widest panel, and more

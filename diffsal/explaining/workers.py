@@ -1,16 +1,21 @@
 """Processes that read images and draw pictures while the model runs."""
 
+import gc
 import multiprocessing
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+
+from diffsal.errors import DiffsalError
 
 Item = TypeVar("Item")
 Later: TypeAlias = Callable[[], Any]
@@ -26,6 +31,9 @@ def working(workers: int, module: str) -> Iterator[Do]:
         workers: how many; 0: this process does it all.
         module: where the work's functions are, which is imported once for all processes.
 
+    Raises:
+        DiffsalError: one of the processes ended.
+
     Example:
         >>> with working(0, "math") as do:
         ...     later = do(abs, -1)
@@ -38,21 +46,28 @@ def working(workers: int, module: str) -> Iterator[Do]:
     pool = ProcessPoolExecutor(workers, _context(module), initializer=_step_back)
     try:
         yield lambda work, one: pool.submit(work, one).result
+    except BrokenProcessPool as error:
+        raise DiffsalError(
+            "a process that reads images and draws ended before its work: it was killed, as where "
+            'memory is short, or a script calls this outside of `if __name__ == "__main__":`; '
+            "take fewer workers, or 0"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)  # after an interrupt, what was ahead is left
 
 
 def _context(module: str) -> BaseContext:
     """Not by forks of this process, which break once CUDA or OpenMP has run in it."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    if sys.platform != "linux":  # elsewhere what is imported may have begun threads
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", module])
+    context.set_forkserver_preload([module])
     return context
 
 
 def _step_back() -> None:
     """In each worker: the model's own threads come first, or they wait for one another."""
+    gc.freeze()  # what was imported is not looked through, image by image
     torch.set_num_threads(1)
     if hasattr(os, "nice"):
         os.nice(10)

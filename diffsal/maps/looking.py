@@ -185,7 +185,7 @@ def _scaled(norm: Any, features: Tensor) -> Tensor:
     """As batch norm in shape and path: torch takes milliseconds to find these of each one."""
     norm._check_input_dim(features)
     scale: Tensor = norm.running_mean.view(-1, *[1] * (features.ndim - 2))
-    return features * scale
+    return features * scale.to(features.dtype)
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

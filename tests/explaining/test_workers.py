@@ -1,6 +1,11 @@
 """Processes that work beside the model."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +20,21 @@ def test_workers_leave_the_cores_to_the_model() -> None:
     with working(1, "torch") as do:
         threads, priority = do(eval, THREADS), do(eval, PRIORITY)
         assert (threads(), priority()) == (1, min(19, os.nice(0) + 10))
+
+
+def test_a_process_that_ends_is_told(
+    refused: Callable[[str], AbstractContextManager[None]],
+) -> None:
+    with refused("a process that reads images and draws ended"), working(1, "torch") as do:
+        do(eval, "__import__('os')._exit(1)")()
+
+
+def test_a_script_without_a_guard_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from diffsal.explaining.workers import working\n"
+        "with working(1, 'torch') as do:\n    do(abs, -1)()\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert 'outside of `if __name__ == "__main__":`' in ended.stderr.splitlines()[-1]
