@@ -150,7 +150,7 @@ def explain_images(
     mine = list(zip(paths, stems, strict=True))[rank::world]
     with sole_writer(folder) if rank == 0 else nullcontext():
         wanted = Wanted(folder, settings.preprocessing, settings.outputs)
-        with working(settings.workers, one_image.__name__) as do:
+        with working(settings.workers) as do:
             records = list(_explain_all(mine, loaded, wanted, settings, do))
         with process_group(torch.device("cpu")):
             records = in_turns(records, world, "the manifest")

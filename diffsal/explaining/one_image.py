@@ -114,7 +114,7 @@ def _kept(image: NDArray[np.uint8], outputs: Outputs) -> NDArray[np.uint8]:
     """As much of an image as is drawn of it; it goes from process to process twice."""
     if outputs.overlays:
         return image
-    return reduced(image) if outputs.figure else image[:1, :1]
+    return reduced(image) if outputs.figure else image[:1, :1].copy()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from matplotlib.colors import Colormap, ListedColormap
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffsal.errors import DiffsalError
 from diffsal.system.files import replacing
 
 Pixels = NDArray[np.uint8]
@@ -81,11 +82,12 @@ class Layer:
         if any_missing:
             values = np.where(missing, np.float32(self.low), values)
         count = self.colormap.N
-        place = ((values - self.low) / (self.high - self.low) * count).astype(np.int32)
+        scaled = (values - self.low) / (self.high - self.low) * count
+        place = scaled.clip(0, count - 1).astype(np.int32)
         grey = np.asarray(Image.fromarray(image).convert("L"))
         tints = _tints(_Same(self.colormap), self.darkest)
         # As one number a colour, for three are gathered in ten times as long.
-        packed = tints.take(place.clip(0, count - 1) * 256 + grey, mode="clip")
+        packed = tints.take(place * 256 + grey, mode="clip")
         tinted = cv2.cvtColor(packed.view(np.uint8).reshape(*packed.shape, 4), cv2.COLOR_RGBA2RGB)
         return np.where(missing[..., None], image, tinted) if any_missing else tinted
 
@@ -195,7 +197,18 @@ def _rows_of(values: Map, size: tuple[int, int], top: int, bottom: int) -> Map:
 
 
 def save_png(path: Path, pixels: Pixels) -> None:
-    """Write an image (H, W, 3); it appears whole or not at all, and equal ones are equal bytes."""
-    encoded = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), _PNG)[1]
+    """Write an image (H, W, 3); it appears whole or not at all, and equal ones are equal bytes.
+
+    Raises:
+        DiffsalError: an image that PNG or the memory has no room for; see
+            :func:`diffsal.system.files.replacing`.
+    """
+    try:
+        done, encoded = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), _PNG)
+    except cv2.error:
+        done = False
+    if not done:
+        height, width = pixels.shape[:2]
+        raise DiffsalError(f"{path}: cannot be made, as {width} × {height} pixels are too many")
     with replacing(path) as scratch:
-        scratch.write_bytes(encoded.tobytes())
+        scratch.write_bytes(encoded.data)

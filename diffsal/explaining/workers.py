@@ -3,16 +3,15 @@
 import gc
 import multiprocessing
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing.context import BaseContext
 from typing import Any, TypeAlias, TypeVar
 
+import cv2
 import torch
 
 from diffsal.errors import DiffsalError
@@ -24,18 +23,17 @@ Do: TypeAlias = Callable[[Callable[[Any], Any], Any], Later]
 
 
 @contextmanager
-def working(workers: int, module: str) -> Iterator[Do]:
+def working(workers: int) -> Iterator[Do]:
     """Work is done when its result is asked for, or by ``workers`` processes as soon as they can.
 
     Args:
         workers: how many; 0: this process does it all.
-        module: where the work's functions are, which is imported once for all processes.
 
     Raises:
         DiffsalError: one of the processes ended.
 
     Example:
-        >>> with working(0, "math") as do:
+        >>> with working(0) as do:
         ...     later = do(abs, -1)
         ...     later()
         1
@@ -43,7 +41,10 @@ def working(workers: int, module: str) -> Iterator[Do]:
     if workers == 0:
         yield partial
         return
-    pool = ProcessPoolExecutor(workers, _context(module), initializer=_step_back)
+    # Spawned: forks of a process in which CUDA or OpenMP ran break, and a server of forks would
+    # import what lies in the working directory.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, initializer=_step_back)
     try:
         yield lambda work, one: pool.submit(work, one).result
     except BrokenProcessPool as error:
@@ -56,19 +57,11 @@ def working(workers: int, module: str) -> Iterator[Do]:
         pool.shutdown(cancel_futures=True)  # after an interrupt, what was ahead is left
 
 
-def _context(module: str) -> BaseContext:
-    """Not by forks of this process, which break once CUDA or OpenMP has run in it."""
-    if sys.platform != "linux":  # elsewhere what is imported may have begun threads
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])
-    return context
-
-
 def _step_back() -> None:
     """In each worker: the model's own threads come first, or they wait for one another."""
     gc.freeze()  # what was imported is not looked through, image by image
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     if hasattr(os, "nice"):
         os.nice(10)
 

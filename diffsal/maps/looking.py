@@ -176,16 +176,25 @@ def _hollow(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
     hollow = _copied(model, memo)
     for module in hollow.modules():
-        if type(module) in _BATCH_NORMS and not module.training and module.running_mean is not None:
+        if _is_plain_batch_norm(module):
             module.forward = partial(_scaled, module)
     return hollow
 
 
-def _scaled(norm: Any, features: Tensor) -> Tensor:
-    """As batch norm in shape and path: torch takes milliseconds to find these of each one."""
+def _is_plain_batch_norm(module: Any) -> bool:
+    is_one = type(module) in _BATCH_NORMS and "forward" not in vars(module)
+    return is_one and not module.training and module.running_mean is not None
+
+
+def _scaled(norm: Any, features: Tensor) -> Any:
+    """As batch norm in shape and graph: torch takes milliseconds to find these of each one."""
     norm._check_input_dim(features)
-    scale: Tensor = norm.running_mean.view(-1, *[1] * (features.ndim - 2))
-    return features * scale.to(features.dtype)
+    if features.shape[1] != norm.num_features:
+        raise ValueError(f"{norm.num_features} channels are expected, not {features.shape[1]}")
+    shape = (-1, *[1] * (features.ndim - 2))
+    given = (norm.running_mean, norm.running_var) if norm.weight is None else norm.parameters()
+    scale, shift = (one.to(features.dtype).view(shape) for one in given)
+    return features * scale + shift
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 
 from diffsal.maps.contexts import set_hook
 from diffsal.maps.outputs import Squash, declared_outputs, recording_squashes, scores_of_output
@@ -51,7 +50,7 @@ class Seen:
         vertices: of what each of the modules handed on: a node of the graph, and which of its
             outputs; ``None``: it has none.
         calls: which of each module's calls it was, from 1.
-        gradient: of the first image's scores, once differentiated; without values, of its shape.
+        gradient: of the first image's scores, once differentiated.
     """
 
     tensor: Tensor
@@ -115,11 +114,6 @@ class Graph:
     def reaches_the_image(self) -> bool:
         """Whether the scores depend on the image at all."""
         return bool(self._nodes) and self._onwards[self._nodes[0]] > 0
-
-    @property
-    def is_of_torch(self) -> bool:
-        """Whether it has no step that is differentiated by code of the model's own."""
-        return not any(isinstance(node, BackwardCFunction) for node in self._nodes)
 
     def depends_on(self, vertex: Vertex | None) -> bool:
         """Whether a path from the scores to the image leads through it."""
@@ -196,15 +190,14 @@ def record_run(model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, An
         scores, squash = scores_of_output(output, squashes, declared_outputs(model))
         probe = (scores[0] * _weights(scores)).sum() if scores.requires_grad else scores.sum()
         sinks = [sink for sink in recorder.sinks if sink.requires_grad]
-        graph = Graph(scores, sinks)
-        image = tuple(images[0].shape[2:]) if images else ()
-        record = RunRecord(recorder.seen, recorder.calls, image, graph, squash)
-        seen = [one for one in record.seen if graph.depends_on(one.vertex)]
-        if probe.is_meta and graph.is_of_torch:  # without values, gradients tell what paths do
-            for one in seen:
-                one.gradient = one.tensor.detach()
-        else:
-            _differentiate(probe, seen)
+        record = RunRecord(
+            recorder.seen,
+            recorder.calls,
+            tuple(images[0].shape[2:]) if images else (),
+            Graph(scores, sinks),
+            squash,
+        )
+        _differentiate(probe, [one for one in record.seen if record.graph.depends_on(one.vertex)])
     return record
 
 

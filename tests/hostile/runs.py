@@ -15,8 +15,6 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,14 @@ from training.samples import TINY, write_config
 
 from diffsal.cli.main import main
 
-IMPORTED = (
-    *("torch", "torch._dynamo", "matplotlib.pyplot", "pytorch_grad_cam", "scipy.stats"),
-    *("diffsal.auditing.run", "diffsal.explaining.explanations", "diffsal.fooling.run"),
-    *("diffsal.protocol.jobs", "diffsal.protocol.results", "diffsal.training.run"),
-    *("hostile.runs", "PIL.PngImagePlugin"),
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        *("torch", "torch._dynamo", "matplotlib.pyplot", "pytorch_grad_cam", "scipy.stats"),
+        *("diffsal.auditing.run", "diffsal.explaining.explanations", "diffsal.fooling.run"),
+        *("diffsal.protocol.jobs", "diffsal.protocol.results", "diffsal.training.run"),
+        *("hostile.runs", "PIL.PngImagePlugin"),
+    ]
 )
 GRID = """
 seeds = 1
@@ -153,7 +154,7 @@ def run(words: list[str], out: Path, fate: Fate = Fate()) -> Ended:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         (place / "tmp").mkdir()
-        child = _forks().Process(target=_child, args=(words, out, fate, place))
+        child = FORKS.Process(target=_child, args=(words, out, fate, place))
         child.start()
         child.join(fate.seconds)
         child.kill()
@@ -162,15 +163,6 @@ def run(words: list[str], out: Path, fate: Fate = Fate()) -> Ended:
         texts = [_text(place / file) for file in ("stderr", "stdout", "events")]
         left = sorted(path.name for path in (place / "tmp").iterdir())
         return Ended(child.exitcode, texts[0], texts[1], int(texts[2] or 0), left)
-
-
-@cache
-def _forks() -> Any:
-    """A server begun anew: one that workers of an explanation began has imported less."""
-    forkserver._forkserver._stop()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
-    return context
 
 
 def _text(path: Path) -> str:

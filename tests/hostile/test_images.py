@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from diffsal.data.index import Sample
 from diffsal.data.preprocessing import Preprocessing
 from diffsal.errors import DiffsalError
 from diffsal.explaining.explanations import Settings, explain_images
-from diffsal.explaining.one_image import Outputs
+from diffsal.explaining.one_image import Outputs, Prepared, Wanted, prepare
 from diffsal.explaining.overlays import SIGNED, Layer, resized
 from diffsal.models.checkpoints import load_model
 from diffsal.system.files import check_writable
@@ -181,3 +182,25 @@ def test_what_deflated_dicom_inflates_to_is_bounded(
     path.write_bytes(path.read_bytes()[:2_000])
     with refused("cannot be decoded"):
         read_image(path)
+
+
+@pytest.mark.parametrize("outputs", [Outputs(figure=False), Outputs()])
+def test_no_more_of_an_image_is_held_than_is_drawn(tmp_path: Path, outputs: Outputs) -> None:
+    png(tmp_path / "large.png", 6_000, 3_000)
+    one = prepare(Wanted(tmp_path, Preprocessing(size=(64, 64)), outputs), tmp_path / "large.png")
+    assert isinstance(one, Prepared)
+    base = one.image if one.image.base is None else one.image.base
+    assert getattr(base, "nbytes", 0) <= 1_600 * 800 * 3
+    assert one.size == (3_000, 6_000)
+
+
+def test_overlays_that_no_png_holds_are_an_error_of_that_image(
+    tmp_path: Path, own_file: Callable[..., Path]
+) -> None:
+    png(tmp_path / "wide.png", 1_200_000, 1)
+    png(tmp_path / "usual.png", 60, 40)
+    settings = replace(SETTINGS, outputs=Outputs(figure=False, overlays=True))
+    images = [tmp_path / "wide.png", tmp_path / "usual.png"]
+    manifest = explain_images(images, load_model(own_file()), tmp_path / "out", settings)
+    assert "1200000 × 1 pixels are too many" in manifest["images"][0]["error"]
+    assert manifest["explained"] == 1

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffsal.errors import DiffsalError
 from diffsal.maps.difference_cam import DifferenceCAM
@@ -526,12 +527,48 @@ def test_a_way_back_of_the_models_own_is_gone(refused):
         find_target_layer(_Stopped())
 
 
-@pytest.mark.parametrize("width", [4, 8])
-def test_a_batch_norm_of_another_width_is_told(width, refused):
+@pytest.mark.parametrize(("made", "width"), [(4, 8), (4, 1), (1, 4)])
+def test_a_batch_norm_of_another_width_is_told(made, width, refused):
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(width), *head)
-    if width == 4:
-        assert find_target_layer(model).name == "1"
-        return
-    with refused("running_mean should contain 4 elements not 8"):
+    model = nn.Sequential(nn.Conv2d(3, made, 3), nn.BatchNorm2d(width), *head)
+    with refused(f"running_mean should contain {made} elements not {width}"):
         find_target_layer(model)
+
+
+def test_a_batch_norm_with_a_forward_of_its_own_runs_it():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    model[1].forward = lambda x: F.adaptive_avg_pool2d(x, 1)
+    assert find_target_layer(model).name == "0"
+
+
+class _Detached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.norm(self.features(images).detach()).mean((2, 3)))
+
+
+def test_a_batch_norm_behind_what_is_detached_leads_to_no_image(refused):
+    with refused("no gradient leads from the logits to the image"):
+        find_target_layer(_Detached())
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        self.all = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), *head)
+
+    def forward(self, images: Tensor) -> Any:
+        return checkpoint(self.all, images, use_reentrant=False)
+
+
+def test_a_model_that_is_recomputed_as_a_whole_is_captured():
+    model, images = _Checkpointed().eval(), torch.rand(2, 3, 8, 8)
+    with capture(model, find_target_layer(model)) as captured:
+        maps = captured.maps(model(images))
+        maps.difference.square().mean().backward()
+    torch.testing.assert_close(maps.difference.detach(), explain(model.all, images).difference)
