@@ -98,12 +98,11 @@ def folder_of_images(
     folder: Path, images: int, device: torch.device, workers: int, rounds: int
 ) -> list[Row]:
     """All ways, as multiples of the time of the bare one; each in processes of its own."""
-    model_and_files(folder / "images", images)
-    (folder / "images/weights.pt").rename(folder / "weights.pt")
-    torch.save(load_model(folder / "weights.pt").model.state_dict(), folder / "state.pt")
+    loaded = model_and_files(folder / "images", images)
+    torch.save(loaded.model.state_dict(), folder / "state.pt")
     (folder / "bare.py").write_text(BARE, "utf-8")
     told = [device.type, str(BATCH), str(workers)]
-    ours = ["-m", "diffsal", "explain", "images", "--model", "weights.pt", "--overwrite"]
+    ours = ["-m", "diffsal", "explain", "images", "--model", "images/weights.pt", "--overwrite"]
     ours += ["--device", told[0], "--batch-size", told[1], "--workers", told[2]]
     commands = {"a bare loader and forward pass": ["bare.py", "images", "state.pt", *told]}
     commands |= {name: [*ours, *words] for name, words in OUTPUTS.items()}

@@ -179,7 +179,7 @@ def _explain_all(
         for batch in batches
     )
     being_drawn = (
-        _computed(batch, [read() for read in reading], loaded, wanted, settings, do)
+        _begun(batch, [read() for read in reading], loaded, wanted, settings, do)
         for batch, reading in ahead(being_read, count)
     )
     with tqdm(total=len(inputs), unit="image", disable=None) as progress:
@@ -189,7 +189,7 @@ def _explain_all(
                 progress.update()
 
 
-def _computed(
+def _begun(
     batch: Sequence[tuple[Path, str]],
     prepared: Sequence[Prepared | DiffsalError],
     loaded: LoadedModel,

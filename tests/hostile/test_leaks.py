@@ -60,7 +60,7 @@ def counts(quick: int, whole: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("count", [quick, pytest.param(whole, marks=pytest.mark.slow)])
 
 
-@counts(10, 1_000)
+@counts(30, 1_000)
 @pytest.mark.parametrize("way", WAYS)
 def test_calls_leave_memory_and_hooks_as_they_were(way: str, count: int) -> None:
     model = net().eval()
